@@ -1,0 +1,44 @@
+"""adapt apply: make a new adapter for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from torchgraft_cli.main import echo_json
+from torchgraft_cli.options import choose, json_option, selection_document, selection_options
+
+
+@click.command()
+@click.argument("model")
+@click.option("--plugin", required=True, metavar="M", help="The method: see 'adapt plugins list'.")
+@selection_options
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Of the random initial values.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="ADAPTER", help="The directory to write; it must not exist."
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be made, and write nothing.")
+@json_option
+def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_json: bool, **selection: Any) -> None:
+    """Make a new adapter for MODEL, initialised and ready to be trained: tg.load(model, ADAPTER).
+
+    MODEL is a checkpoint directory, a .safetensors file or a hub id. Without --target it is @linear: every matrix but
+    the output head.
+    """
+    from torchgraft.output import refuse_existing
+
+    refuse_existing(output)
+    chosen = choose(model, plugin, **selection)
+    if not dry_run:
+        from torchgraft.checkpoint_apply import apply_to_checkpoint
+
+        apply_to_checkpoint(chosen.checkpoint, chosen.plan, chosen.hooks, chosen.config, chosen.configs, output, base=model, seed=seed)
+    if as_json:
+        echo_json({**selection_document(chosen), "method": plugin, "output": None if dry_run else str(output)})
+        return
+    from torchgraft_cli.commands.inspect import show_selection
+
+    show_selection(chosen)
+    click.echo(f"nothing was written (--dry-run); without it: {output}" if dry_run else f"wrote {output}")

@@ -1,0 +1,33 @@
+"""adapt check: does this adapter belong on this model?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from torchgraft_cli.main import echo_json
+from torchgraft_cli.options import json_option, kind_option, parse_kinds
+
+
+@click.command()
+@click.argument("model")
+@click.argument("adapter", type=click.Path(path_type=Path))
+@kind_option
+@json_option
+def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> None:
+    """Compare ADAPTER with MODEL and list everything that does not fit. Exits with 0 if all does, else with 2."""
+    from torchgraft.adapter_files import read_adapter
+    from torchgraft.checkpoint import open_checkpoint
+    from torchgraft.pairing import base_of_checkpoint, check as problems_of
+
+    files = read_adapter(adapter)
+    problems = problems_of(files, base_of_checkpoint(open_checkpoint(model), parse_kinds(kinds)))
+    if as_json:
+        echo_json({"ok": not problems, "problems": problems})
+    elif not problems:
+        click.echo(f"{adapter} fits {model}")
+    for problem in [] if as_json else problems:
+        click.echo(f"problem: {problem}")
+    sys.exit(2 if problems else 0)

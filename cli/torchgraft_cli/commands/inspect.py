@@ -1,0 +1,75 @@
+"""adapt inspect: what is in a model, and what an adapter on it would cost."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import click
+
+from torchgraft_cli.main import echo_json
+from torchgraft_cli.options import (
+    DEFAULT_PLUGIN,
+    Chosen,
+    choose,
+    json_option,
+    model_document,
+    parse_kinds,
+    selection_document,
+    selection_options,
+)
+
+
+@click.command()
+@click.argument("source")
+@click.option("--plugin", metavar="M", help=f"The method to count with [default: {DEFAULT_PLUGIN}].")
+@selection_options
+@click.option("--depth", type=click.IntRange(min=1), help="Show the tree down to this level.")
+@json_option
+def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, **selection: Any) -> None:
+    """Show the layers of SOURCE: a checkpoint directory, a .safetensors file or a hub id.
+
+    With --target or --plugin it also shows which layers are selected, how many numbers the method would train there,
+    and what share of the dense weights that is. No model is built and nothing is loaded.
+    """
+    from torchgraft.planning import plan
+
+    if plugin or any(value for key, value in selection.items() if key != "kinds"):
+        chosen = choose(source, plugin or DEFAULT_PLUGIN, **selection)
+        if as_json:
+            echo_json(selection_document(chosen))
+        else:
+            show_selection(chosen, depth)
+        return
+    found = plan(source, "@all", kinds=parse_kinds(selection["kinds"]), allow_unmatched=True)
+    if as_json:
+        echo_json(model_document(found.layers))
+        return
+    from torchgraft_cli.render import console, model_table, size
+    from torchgraft_cli.tree import rows
+
+    out = console()
+    out.print(model_table(rows(found.layers, {}, depth), found.total_params))
+    out.print(f"\n{len(found.layers)} modules, {found.total_params:,} parameters, {size(sum(layer.bytes for layer in found.layers))}")
+
+
+def show_selection(chosen: Chosen, depth: int | None = None) -> None:
+    """The tree with what is selected in it, and the sums."""
+    from torchgraft.planning import site_params
+    from torchgraft_cli.render import console, model_table, percent
+    from torchgraft_cli.tree import rows
+
+    name, found = chosen.hooks.method.name, chosen.plan
+    trained = {layer.name: site_params(layer, chosen.hooks, chosen.configs[layer.name]) for layer in found.sites}
+    out = console()
+    out.print(model_table(rows(found.layers, trained, depth), found.total_params, name))
+    total = found.trained_params + sum(trained.values())
+    dense = sum(prod(layer.shape) for layer in found.sites)
+    counts = ", ".join(f"{pattern} {count}" for pattern, count in found.patterns.items())
+    out.print(f"\n{len(found.sites)} of {len(found.layers)} modules selected: {counts}")
+    if found.trained:
+        out.print(f"trained whole: {', '.join(found.trained)} ({found.trained_params:,})")
+    out.print(
+        f"{name} trains {total:,} numbers: {percent(total, dense)} of the {dense:,} in the selected layers, "
+        f"{percent(total, found.total_params)} of the model's {found.total_params:,}"
+    )

@@ -1,0 +1,86 @@
+"""The entry point: commands are loaded when they are called, and every error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from importlib import import_module
+from typing import Any, TextIO
+
+import click
+
+import torchgraft
+from torchgraft.errors import TorchgraftError, TorchgraftWarning
+
+COMMANDS = ("inspect", "plugins", "apply", "check", "merge", "unmerge")
+
+
+class LazyGroup(click.Group):
+    """Each command is the function of its name in `commands/`, imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(import_module(f"torchgraft_cli.commands.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(torchgraft.__version__, prog_name="adapt")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def adapt(debug: bool) -> None:
+    """Attach, inspect, merge and unmerge adapters of PyTorch models."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `adapt` and exit: 0 done, 1 a bug, 2 the user's input."""
+    warnings.showwarning = _show_warning
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        adapt.main(arguments, prog_name="adapt", standalone_mode=False)
+    except (TorchgraftError, click.ClickException, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        _fail(_one_line(error), 2, debug)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was left behind", 130, debug)
+    except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
+        hint = "" if debug else "; please report it with the output of adapt --debug …"
+        _fail(f"a bug in adapt: {type(error).__name__}: {error}{hint}", 1, debug)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, click.UsageError):
+        where = error.ctx.command_path if error.ctx else "adapt"
+        return f"{error.format_message()} See '{where} --help'."
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    if issubclass(category, TorchgraftWarning):
+        click.echo(f"warning: {message}", err=True)
+
+
+def echo_json(document: Any) -> None:
+    import json
+
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))

@@ -1,0 +1,176 @@
+"""Options that several commands share, and what they select."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from torchgraft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchgraft.checkpoint import Checkpoint
+    from torchgraft.config import Config
+    from torchgraft.layers import Layer
+    from torchgraft.manager import MethodHooks
+    from torchgraft.planning import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_PLUGIN = "lora"
+"""What `inspect` counts with when a selection is given and no method."""
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+kind_option = click.option(
+    "--kind", "kinds", multiple=True, metavar="P=KIND", help="The kind of layers that the files do not tell: 'proj=Linear'. Repeatable."
+)
+
+
+def selection_options(command: F) -> F:
+    """--target, --layers, --also-train, --allow-unmatched, --set, --rank, --alpha, --override, --kind."""
+    for option in reversed(
+        [
+            click.option(
+                "--target",
+                "targets",
+                multiple=True,
+                metavar="P",
+                help="A pattern of layers: a name, a glob, re:…, @role; ! excludes. Repeatable.",
+            ),
+            click.option("--layers", metavar="R", help="Only in these blocks: 0-15,20."),
+            click.option("--also-train", multiple=True, metavar="P", help="A module to train whole beside the adapter. Repeatable."),
+            click.option("--allow-unmatched", is_flag=True, help="Accept patterns that match nothing."),
+            click.option("--set", "settings", multiple=True, metavar="K=V", help="An option of the method: rank=16. Repeatable."),
+            click.option("-r", "--rank", metavar="N", help="Short for --set rank=N."),
+            click.option("--alpha", metavar="X", help="Short for --set alpha=X."),
+            click.option(
+                "--override",
+                "overrides",
+                nargs=2,
+                multiple=True,
+                metavar="P K=V",
+                help="An option for the layers that P matches. Repeatable.",
+            ),
+            kind_option,
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checkpoint and, if anything was selected, what an adapter on it would be."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    hooks: MethodHooks
+    config: Config
+    configs: dict[str, Config]
+
+
+def choose(
+    source: str,
+    plugin: str,
+    targets: tuple[str, ...],
+    layers: str | None,
+    also_train: tuple[str, ...],
+    allow_unmatched: bool,
+    settings: tuple[str, ...],
+    rank: str | None,
+    alpha: str | None,
+    overrides: tuple[tuple[str, str], ...],
+    kinds: tuple[str, ...],
+) -> Chosen:
+    """What the selection options say, on the checkpoint `source`."""
+    from torchgraft.checkpoint import open_checkpoint
+    from torchgraft.config import parse_config
+    from torchgraft.manager import registry
+    from torchgraft.planning import configure, plan
+
+    shortcuts = [f"{key}={value}" for key, value in (("rank", rank), ("alpha", alpha)) if value is not None]
+    method = registry().method(plugin)
+    config = parse_config(plugin, method.config, parse_settings([*settings, *shortcuts]))
+    checkpoint = open_checkpoint(source)
+    chosen = plan(checkpoint, targets or None, layers, also_train=also_train, kinds=parse_kinds(kinds), allow_unmatched=allow_unmatched)
+    hooks = registry().hooks(plugin)
+    own: dict[str, dict[str, Any]] = {}
+    for pattern, setting in overrides:
+        own.setdefault(pattern, {}).update(parse_settings([setting]))
+    return Chosen(checkpoint, chosen, hooks, config, configure(chosen.sites, hooks, config, own))
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """ "rank=16" → {"rank": 16}; a value that is not JSON is a string.
+
+    Raises:
+        ConfigError: there is no `=`, or one key has two values.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{setting!r} is not an option and its value; write it like rank=16")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if found.setdefault(key, value) != value:
+            raise ConfigError(f"{key} is given twice, as {found[key]!r} and as {value!r}")
+    return found
+
+
+def parse_kinds(kinds: tuple[str, ...]) -> dict[str, str]:
+    """("proj=Linear",) → {"proj": "Linear"}.
+
+    Raises:
+        ConfigError: there is no `=`.
+        PluginError: there is no such kind.
+    """
+    from torchgraft.manager import registry
+
+    found = {}
+    for text in kinds:
+        pattern, equals, kind = text.rpartition("=")
+        if not equals or not pattern:
+            raise ConfigError(f"--kind {text!r}: write it like 'proj=Linear'")
+        found[pattern] = registry().kind(kind).name
+    return found
+
+
+def layer_document(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "kind": layer.kind,
+        "role": layer.role,
+        "shape": list(layer.shape),
+        "dtype": layer.dtype,
+        "params": layer.params,
+    }
+
+
+def selection_document(chosen: Chosen) -> dict[str, Any]:
+    """The JSON of a model with a selection on it."""
+    from torchgraft.planning import trainable_params
+
+    trainable, total = trainable_params(chosen.plan, chosen.hooks, chosen.configs), chosen.plan.total_params
+    return {
+        **model_document(chosen.plan.layers),
+        "matched": len(chosen.plan.sites),
+        "patterns": chosen.plan.patterns,
+        "sites": [layer.name for layer in chosen.plan.sites],
+        "also_train": list(chosen.plan.trained),
+        "trainable_params": trainable,
+        "trainable_percent": 100 * trainable / total if total else 0.0,
+    }
+
+
+def model_document(layers: tuple[Layer, ...]) -> dict[str, Any]:
+    return {
+        "total_params": sum(layer.params for layer in layers),
+        "total_bytes": sum(layer.bytes for layer in layers),
+        "modules": [layer_document(layer) for layer in layers],
+    }

@@ -1,0 +1,106 @@
+"""All that is shown with rich."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from torchgraft_cli.tree import Row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PIPE_WIDTH = 160
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A terminal's own width; in a pipe COLUMNS, or wide enough that names are whole."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+def model_table(rows: Sequence[Row], total_params: int, trained_name: str = "") -> Table:
+    """The folded tree. With `trained_name` two more columns: what that method trains, and its share of the dense weights."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("module", no_wrap=True, overflow="ellipsis", min_width=24)
+    for name in ("kind", "shape", "dtype"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    for name in ("params", "bytes", "share", *((f"{trained_name} trains", "of dense") if trained_name else ())):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row, total_params, bool(trained_name)))
+    return table
+
+
+def _cells(row: Row, total_params: int, with_trained: bool) -> list[Text]:
+    label = Text("  " * row.depth + row.label, style="bold green" if row.trained and row.layer else "" if row.layer else "bold")
+    if row.times > 1:
+        label.append(f" ×{row.times}", style="cyan")
+    layer = row.layer
+    texts = [
+        (layer.kind or layer.role) if layer else "",
+        "×".join(map(str, layer.shape)) or "scalar" if layer else "",
+        layer.dtype if layer else "",
+        f"{row.params:,}",
+        size(row.bytes),
+        percent(row.params, total_params),
+    ]
+    if with_trained:
+        texts += [f"{row.trained:,}", percent(row.trained, row.params)] if row.trained else ["", ""]
+    style = "" if layer and layer.kind else "dim"
+    return [label, *(Text(text, style=style) for text in texts)]
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def facts(pairs: Mapping[str, str]) -> Table:
+    """Name and value, a line each."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in pairs.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def size(number: float) -> str:
+    """1536 → "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1024
+    return f"{number:,.1f} TiB"
+
+
+def percent(part: float, whole: float) -> str:
+    share = 100 * part / whole if whole else 0.0
+    return "" if not whole else f"{share:.2f} %" if share >= 0.005 or not part else "<0.01 %"
+
+
+@contextmanager
+def byte_progress(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], Any]]:
+    """A bar on stderr, where that is a terminal; yields the function that advances it."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda number: progress.advance(task, number)

@@ -1,0 +1,88 @@
+"""A list of layers as a tree whose repeated blocks are folded: encoder.layer.0-5 ×6."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torchgraft.layers import Layer
+
+
+@dataclass(frozen=True)
+class Row:
+    depth: int
+    label: str
+    times: int
+    """How many equal modules this row stands for."""
+    layer: Layer | None
+    params: int
+    bytes: int
+    trained: int
+    """Numbers that an adapter trains in all of it."""
+
+
+@dataclass
+class Node:
+    layer: Layer | None = None
+    children: dict[str, Node] = field(default_factory=dict)
+    params: int = 0
+    bytes: int = 0
+    trained: int = 0
+    shape: int = 0
+    """Equal for nodes that look the same, names of their blocks aside."""
+
+
+def rows(layers: Iterable[Layer], trained: Mapping[str, int], depth: int | None = None) -> list[Row]:
+    """The rows of the folded tree, down to `depth` levels. `trained`: layer → numbers that an adapter trains there."""
+    root = Node()
+    for layer in layers:
+        node = root
+        for segment in layer.name.split(".") if layer.name else []:
+            node = node.children.setdefault(segment, Node())
+        node.layer = layer
+    _measure(root, trained, {})
+    found = list(_walk(root, 0, depth))
+    if root.layer is not None:
+        found.insert(0, Row(0, "(model)", 1, root.layer, root.layer.params, root.layer.bytes, trained.get("", 0)))
+    return found
+
+
+def _measure(node: Node, trained: Mapping[str, int], shapes: dict[object, int]) -> None:
+    for child in node.children.values():
+        _measure(child, trained, shapes)
+    own = node.layer
+    own_trained = trained.get(own.name, 0) if own else 0
+    node.params = (own.params if own else 0) + sum(child.params for child in node.children.values())
+    node.bytes = (own.bytes if own else 0) + sum(child.bytes for child in node.children.values())
+    node.trained = own_trained + sum(child.trained for child in node.children.values())
+    look = (own.kind, own.shape, own.dtype, own.params) if own else None
+    key = (look, own_trained, tuple((name, child.shape) for name, child in node.children.items()))
+    node.shape = shapes.setdefault(key, len(shapes))
+
+
+def _walk(node: Node, level: int, depth: int | None) -> Iterator[Row]:
+    for label, members in _groups(node):
+        first = members[0]
+        while first.layer is None and len(groups := _groups(first)) == 1 and len(members) == 1:
+            (inner, members) = groups[0]  # a container of one child is one row with it
+            label, first = f"{label}.{inner}", members[0]
+        times = len(members)
+        yield Row(level, label, times, first.layer, first.params * times, first.bytes * times, first.trained * times)
+        if first.children and (depth is None or level + 1 < depth):
+            yield from _walk(first, level + 1, depth)
+
+
+def _groups(node: Node) -> list[tuple[str, list[Node]]]:
+    """The children, with runs of equal numbered ones taken together."""
+    groups: list[tuple[list[str], list[Node]]] = []
+    for name, child in node.children.items():
+        if groups and _continues(groups[-1][0][-1], name) and groups[-1][1][-1].shape == child.shape:
+            groups[-1][0].append(name)
+            groups[-1][1].append(child)
+        else:
+            groups.append(([name], [child]))
+    return [(names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}", members) for names, members in groups]
+
+
+def _continues(before: str, name: str) -> bool:
+    return before.isdecimal() and name.isdecimal() and int(name) == int(before) + 1

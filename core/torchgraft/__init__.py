@@ -1,0 +1,77 @@
+"""torchgraft: adapter methods as plugins, and the surgery that attaches, merges and unmerges them.
+
+The names below are loaded when they are first used, so that `import torchgraft` costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters, apply as apply
+    from torchgraft.adapter_load import load as load
+    from torchgraft.checkpoint_merge import MergeReport as MergeReport, merge_checkpoint as merge_checkpoint
+    from torchgraft.checkpoint_unmerge import unmerge_checkpoint as unmerge_checkpoint
+    from torchgraft.config import Config as Config, LowRankConfig as LowRankConfig
+    from torchgraft.errors import (
+        AttachError as AttachError,
+        ConfigError as ConfigError,
+        FileFormatError as FileFormatError,
+        MergeError as MergeError,
+        PairingError as PairingError,
+        PluginError as PluginError,
+        SelectionError as SelectionError,
+        TorchgraftError as TorchgraftError,
+        TorchgraftWarning as TorchgraftWarning,
+    )
+    from torchgraft.hookspecs import hookimpl as hookimpl
+    from torchgraft.kinds import Kind as Kind
+    from torchgraft.lowrank import (
+        LowRankPeft as LowRankPeft,
+        factor_shapes as factor_shapes,
+        factors as factors,
+        init_factors as init_factors,
+    )
+    from torchgraft.manager import Registry as Registry, registry as registry
+    from torchgraft.method import Method as Method, PeftFormat as PeftFormat
+    from torchgraft.planning import Plan as Plan, plan as plan
+    from torchgraft.site import Site as Site
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapter": "Adapter Count activate adapters apply",
+    "adapter_load": "load",
+    "checkpoint_merge": "MergeReport merge_checkpoint",
+    "checkpoint_unmerge": "unmerge_checkpoint",
+    "config": "Config LowRankConfig",
+    "errors": (
+        "AttachError ConfigError FileFormatError MergeError PairingError PluginError SelectionError TorchgraftError TorchgraftWarning"
+    ),
+    "hookspecs": "hookimpl",
+    "kinds": "Kind",
+    "lowrank": "LowRankPeft factor_shapes factors init_factors",
+    "method": "Method PeftFormat",
+    "planning": "Plan plan",
+    "manager": "Registry registry",
+    "site": "Site",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "__version__",
+    *_HOME_OF,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'torchgraft' has no attribute {name!r}")
+    value = getattr(import_module(f"torchgraft.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

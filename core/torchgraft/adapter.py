@@ -1,0 +1,331 @@
+"""Adapters on a model: attaching, training, switching, taking off."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchgraft import graft, module_merge
+from torchgraft.config import Config, parse_config
+from torchgraft.errors import AttachError, MergeError
+from torchgraft.graft import Part, SitePart, TrainedCopy
+from torchgraft.layers import Layer
+from torchgraft.manager import MethodHooks, registry
+from torchgraft.module_layers import layers_of_module
+from torchgraft.planning import Plan, configure, plan, site_of
+from torchgraft.selection import near
+from torchgraft.site import Site
+
+STATE = "_torchgraft"
+"""The model's attribute that holds its adapters: a plain member, so that it is copied and pickled with the model."""
+
+
+@dataclass
+class Attached:
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+    """What was trainable before the first adapter, and will be again after the last."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Numbers of parameters: those that this adapter trains, and all that the model has with it."""
+
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.percent:.3g} %)"
+
+
+class Adapter:
+    """A named set of sites with one method's parameters: what is trained, saved, merged. Made by `apply` and `load`."""
+
+    def __init__(self, model: nn.Module, name: str, method: str, config: Config, base: Plan) -> None:
+        self.model = model
+        self.name = name
+        self.method = method
+        self.config = config
+        self.plan = base
+        self.parts: dict[str, SitePart] = {}
+        """By the site's name."""
+        self.copies: dict[str, TrainedCopy] = {}
+        """By the name of the module that is trained whole."""
+
+    def __repr__(self) -> str:
+        state = " (merged)" if self.merged else "" if self.active else " (not active)"
+        return f"<Adapter {self.name!r}: {self.method} on {len(self.parts)} sites{state}>"
+
+    @property
+    def sites(self) -> list[Site]:
+        return [part.site for part in self.parts.values()]
+
+    @property
+    def hooks(self) -> MethodHooks:
+        return registry().hooks(self.method)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What this adapter trains, by "site.tensor"."""
+        for site, part in self.parts.items():
+            yield from ((f"{site}.{name}", parameter) for name, parameter in part.named_parameters())
+        for name, copy in self.copies.items():
+            yield from ((f"{name}.{key}", parameter) for key, parameter in copy.module.named_parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def count(self) -> Count:
+        return Count(sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.model.parameters()))
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Parameter groups for a torch optimizer, with the learning rates that the method asks for."""
+        groups = self.hooks.param_groups(adapter=self, lr=lr, weight_decay=weight_decay)
+        return groups or [{"params": self.parameters(), "lr": lr, "weight_decay": weight_decay}]
+
+    def penalty(self) -> Tensor:
+        """The sum of the method's terms for the loss; 0 where it has none."""
+        terms = [part.hooks.penalty(part.site, part.config, part.tensors()) for part in self.parts.values()]
+        return sum((term for term in terms if term is not None), start=torch.zeros(()))
+
+    def step(self, optimizer: Optimizer, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """To be called after each optimizer step; does nothing where the method has nothing to do."""
+        self.hooks.step(adapter=self, optimizer=optimizer, step=step, metrics=metrics or {})
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter takes part in forward."""
+        return all(part.active for part in self._all_parts())
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        if self.merged:
+            raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
+        for part in self._all_parts():
+            part.active = value
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block this adapter takes no part; then its previous state returns."""
+        before = self.active
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = before
+
+    @property
+    def merged(self) -> bool:
+        return any(part.undo is not None for part in self._all_parts())
+
+    def merge(self) -> None:
+        """Write the adapter into the base weights: float32 arithmetic, rounded once. All of it or nothing.
+
+        Raises:
+            MergeError: it is merged already, a weight is shared with another layer or has no values, or the result
+                would not be finite.
+        """
+        module_merge.merge(self.name, self._by_module(), {layer.name: layer.tied for layer in self._layers()})
+
+    def unmerge(self, *, discard_edits: bool = False) -> None:
+        """Give the base weights back, to the last bit, or change nothing.
+
+        Args:
+            discard_edits: if the adapter's tensors were changed while merged, set them back to what was merged.
+
+        Raises:
+            MergeError: it is not merged, another adapter was merged after it, or it or the weights were changed since.
+        """
+        module_merge.unmerge(self.name, self._by_module(), discard_edits)
+
+    def detach(self, *, keep_merged: bool = False) -> None:
+        """Take the adapter off; the model is as it was before `apply`. A merged one is unmerged first.
+
+        Args:
+            keep_merged: leave a merged adapter's changes in the weights for good.
+        """
+        if keep_merged and not self.merged:
+            raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
+        if self.merged and not keep_merged:
+            self.unmerge()
+        for module, _ in self._by_module().values():
+            graft.detach(module, self.name)
+        attached = _attached(self.model)
+        del attached.adapters[self.name]
+        if not attached.adapters:
+            for parameter in attached.frozen:
+                parameter.requires_grad_(True)
+            delattr(self.model, STATE)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json."""
+        from torchgraft.adapter_save import save
+
+        save(self, directory)
+
+    def _all_parts(self) -> list[Part]:
+        return [*self.parts.values(), *self.copies.values()]
+
+    def _by_module(self) -> dict[str, tuple[nn.Module, Part]]:
+        found: dict[str, tuple[nn.Module, Part]] = {}
+        for name, part in {**self.parts, **self.copies}.items():
+            found[name] = (self.model.get_submodule(name), part)
+        return found
+
+    def _layers(self) -> list[Layer]:
+        return layers_of_module(self.model, registry().kinds())
+
+
+def apply(
+    model: nn.Module,
+    method: str,
+    targets: str | Iterable[str] | None = None,
+    layers: str | Iterable[int] | None = None,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    also_train: Iterable[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    allow_unmatched: bool = False,
+    **options: Any,
+) -> Adapter:
+    """Attach a new adapter to `model` in place. The model's own parameters are frozen until the last adapter is detached.
+
+    Args:
+        method: the plugin's name, "lora".
+        targets: patterns of the selection grammar; by default @linear, every matrix but the output head.
+        layers: keep the sites of these blocks: "0-15,20", or numbers.
+        name: several adapters can sit on one model, each under its own name. They are active together.
+        seed: with it and a site's name, that site's random numbers are fixed, whatever else is selected.
+        also_train: modules to be trained whole beside the adapter (a new head), saved and merged with it.
+        overrides: pattern → options for the sites that it matches; later patterns win over earlier ones.
+        options: the method's options: rank=16, alpha=32.
+
+    Raises:
+        SelectionError, ConfigError, PluginError: a pattern, an option or the method is wrong.
+        AttachError: a layer cannot carry the adapter. In every case the model is unchanged.
+    """
+    hooks = registry().hooks(method)
+    config = parse_config(method, hooks.method.config, options)
+    chosen = plan(model, targets, layers, also_train=also_train, allow_unmatched=allow_unmatched)
+    configs = configure(chosen.sites, hooks, config, overrides)
+
+    def make(site: Site) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed_of(seed, site.name))
+        with torch.device(_home(site)):
+            return hooks.init(site, configs[site.name], generator)
+
+    return attach(Adapter(model, name, method, config, chosen), configs, make)
+
+
+def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site], Mapping[str, Tensor]]) -> Adapter:
+    """Put `adapter` on its model, with each site's tensors from `make`. Everything that can fail comes before any change."""
+    model, name, base = adapter.model, adapter.name, adapter.plan
+    if not graft.is_adapter_name(name):
+        raise AttachError(f"{name!r} cannot be an adapter's name: torch does not take it as the name of a child; choose another")
+    if name in adapters(model):
+        raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
+    if not base.sites:
+        raise AttachError("nothing is selected: there would be nothing to train")
+    for layer in base.sites:
+        graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))
+        adapter.parts[layer.name] = _site_part(adapter, layer, configs[layer.name], make)
+    for trained in _runnable(model, base.trained):
+        graft.check_can_attach(name, trained, model.get_submodule(trained))
+        adapter.copies[trained] = TrainedCopy(trained, _trainable_copy(model.get_submodule(trained)))
+    attached = _attached(model)
+    if not attached.adapters:
+        attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+    fused = _inside_fused_layers(model)
+    for module, part in adapter._by_module().values():
+        graft.attach(module, name, part, keeps_unfused=module in fused)
+    attached.adapters[name] = adapter
+    return adapter
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters on `model` by name; after `deepcopy` or unpickling, those of the copy."""
+    return dict(model.__dict__[STATE].adapters) if STATE in model.__dict__ else {}
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Let the adapters called `names` take part in forward, and no others.
+
+    Raises:
+        AttachError: the model has no adapter of that name.
+    """
+    found = adapters(model)
+    for name in names:
+        if name not in found:
+            raise AttachError(f"the model has no adapter {name!r}{near(name, found)}; it has {', '.join(found) or 'none'}")
+    for name, adapter in found.items():
+        if adapter.active != (name in names):
+            adapter.active = name in names
+
+
+def seed_of(seed: int, site: str) -> int:
+    """One seed per site, so that a site starts the same whatever else is selected."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "little") >> 1
+
+
+def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Callable[[Site], Mapping[str, Tensor]]) -> SitePart:
+    module = adapter.model.get_submodule(layer.name)
+    site = site_of(layer, module)
+    tensors = make(site)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = adapter.hooks.shapes(site, config)
+    if shapes != expected:
+        raise AttachError(
+            f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
+        )
+    device = site.stored_weight().device
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return SitePart(site, adapter.method, config, moved, adapter.hooks.method.buffers)
+
+
+def _home(site: Site) -> str:
+    """Where a site's tensors are made: on the CPU, for the same numbers everywhere; without values if the model has none."""
+    return "meta" if site.stored_weight().is_meta else "cpu"
+
+
+def _attached(model: nn.Module) -> Attached:
+    if STATE not in model.__dict__:
+        setattr(model, STATE, Attached())
+    found: Attached = model.__dict__[STATE]
+    return found
+
+
+def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Containers that only chain or hold their children are replaced by these: it is the children that run."""
+    found: list[str] = []
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            found += _runnable(model, [f"{name}.{key}" for key, child in module.named_children() if any(True for _ in child.parameters())])
+        else:
+            found.append(name)
+    return found
+
+
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    copy = deepcopy(module)
+    graft.strip(copy)
+    return copy.requires_grad_(True)
+
+
+def _inside_fused_layers(model: nn.Module) -> set[nn.Module]:
+    """Modules whose forward torch's fused encoder layer passes over, unless they have a hook."""
+    return {child for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for child in module.modules()}

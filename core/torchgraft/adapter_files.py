@@ -1,0 +1,119 @@
+"""An adapter directory as it lies on disk, read and checked without torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchgraft import dtypes
+from torchgraft.checkpoint import read_json, read_tensor
+from torchgraft.errors import FileFormatError
+from torchgraft.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NATIVE = "torchgraft.json"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
+PEFT_PICKLE = "adapter_model.bin"
+NATIVE_TENSORS = "torchgraft.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    directory: Path
+    native: dict[str, Any]
+    """torchgraft.json; empty for an adapter that PEFT wrote."""
+    peft: dict[str, Any]
+    """adapter_config.json; empty for a method that PEFT does not know."""
+    tensor_file: Path
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Tensor name → (dtype, shape)."""
+        if self.tensor_file.suffix == ".bin":
+            return {name: (dtypes.name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in self._pickled.items()}
+        return {name: (entry.dtype, entry.shape) for name, entry in self._header.tensors.items()}
+
+    def read_all(self) -> dict[str, Tensor]:
+        """Every tensor, by its name in the file."""
+        if self.tensor_file.suffix == ".bin":
+            return self._pickled
+        with self.tensor_file.open("rb") as file:
+            return {name: read_tensor(file, entry) for name, entry in self._header.tensors.items()}
+
+    @cached_property
+    def _header(self) -> Any:
+        return read_header(self.tensor_file)
+
+    @cached_property
+    def _pickled(self) -> dict[str, Tensor]:
+        import torch
+
+        try:
+            loaded = torch.load(self.tensor_file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for what is no safe pickle of tensors
+            raise FileFormatError(
+                f"{self.tensor_file}: not readable as tensors only ({type(error).__name__}); save the adapter as safetensors"
+            ) from error
+        if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise FileFormatError(f"{self.tensor_file}: expected a map from names to tensors")
+        return dict(loaded)
+
+
+def read_adapter(directory: str | Path) -> AdapterFiles:
+    """Read an adapter directory, ours or PEFT's.
+
+    Raises:
+        FileFormatError: it is no adapter directory, or a file in it is missing or broken.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise FileFormatError(
+            f"{root}: no such directory" if not root.exists() else f"{root}: not a directory; give the adapter's directory"
+        )
+    native = read_json(root / NATIVE, missing_ok=True)
+    peft = read_json(root / PEFT_CONFIG, missing_ok=True)
+    if not native and not peft:
+        raise FileFormatError(f"{root}: no {PEFT_CONFIG} in it, so it is no adapter directory{_elsewhere(root)}")
+    if native:
+        _check_native(root / NATIVE, native)
+    names = [native["tensors"]["file"]] if native else [PEFT_TENSORS, PEFT_PICKLE]
+    tensor_file = next((root / name for name in names if (root / name).is_file()), None)
+    if tensor_file is None:
+        raise FileFormatError(f"{root}: {' or '.join(names)} is missing")
+    if native and hashlib.sha256(tensor_file.read_bytes()).hexdigest() != native["tensors"]["sha256"]:
+        raise FileFormatError(
+            f"{tensor_file}: not the file that {NATIVE} describes (the hashes differ); copy the whole directory again, or remove "
+            f"{NATIVE} to read it as a plain PEFT adapter"
+        )
+    return AdapterFiles(root, native, peft, tensor_file)
+
+
+def _check_native(path: Path, native: Mapping[str, Any]) -> None:
+    if native.get("format") != FORMAT:
+        raise FileFormatError(f"{path}: format {native.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
+    try:
+        sound = (
+            native["tensors"]["file"] in (PEFT_TENSORS, NATIVE_TENSORS)
+            and isinstance(native["tensors"]["sha256"], str)
+            and isinstance(native["method"]["name"], str)
+            and isinstance(native["config"], dict)
+            and all(isinstance(site["name"], str) and isinstance(site["shape"], list) for site in native["sites"])
+            and all(isinstance(name, str) for name in native["also_train"])
+        )
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise FileFormatError(f"{path}: it lacks what an adapter's record must have; was it edited by hand?")
+
+
+def _elsewhere(root: Path) -> str:
+    inside = sorted(path.parent.name for path in root.glob(f"*/{PEFT_CONFIG}"))
+    return f"; there are adapters in it: {', '.join(inside[:5])}" if inside else ""

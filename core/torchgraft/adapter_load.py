@@ -1,0 +1,63 @@
+"""Loading an adapter directory onto a model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft.adapter import Adapter, attach
+from torchgraft.adapter_files import read_adapter
+from torchgraft.errors import PairingError
+from torchgraft.pairing import PairedSite, Pairing, base_of_module, pair
+from torchgraft.planning import Plan
+from torchgraft.site import Site
+
+
+def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> Adapter:
+    """Attach the adapter saved in `directory`, by torchgraft or by PEFT.
+
+    Raises:
+        FileFormatError: the directory or a file in it is missing or broken.
+        PairingError: the adapter does not fit the model: a tensor is missing, left over or of another shape, or the
+            model's weights are not those that it was made for. The model is then unchanged.
+    """
+    base = base_of_module(model)
+    pairing = pair(read_adapter(directory), base).demand(base)
+    tensors = pairing.files.read_all()
+    sites = {paired.site.name: paired for paired in pairing.sites}
+    layers = tuple(base.layers[site] for site in sites)
+    chosen = Plan(tuple(dict.fromkeys(base.layers.values())), layers, {}, pairing.also_train)
+    configs = {site: paired.config for site, paired in sites.items()}
+
+    def make(site: Site) -> dict[str, Tensor]:
+        return site_tensors(pairing, sites[site.name], tensors)
+
+    adapter = attach(Adapter(model, name, pairing.method.name, pairing.config, chosen), configs, make)
+    _fill_copies(adapter, pairing, tensors)
+    return adapter
+
+
+def site_tensors(pairing: Pairing, paired: PairedSite, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One site's tensors as the method names them.
+
+    Raises:
+        PairingError: one of them is not finite.
+    """
+    found = {suffix: tensors[name] for suffix, name in paired.tensors.items()}
+    for suffix, tensor in found.items():
+        if not tensor.isfinite().all():
+            raise PairingError(
+                f"{paired.site.name}: the adapter's {suffix} has NaN or infinite entries; it was saved after a run that diverged"
+            )
+    if pairing.files.peft and pairing.method.peft is not None:
+        return pairing.method.peft.from_tensors(paired.site, paired.config, found)
+    return found
+
+
+@torch.no_grad()
+def _fill_copies(adapter: Adapter, pairing: Pairing, tensors: dict[str, Tensor]) -> None:
+    for module, copy in adapter.copies.items():
+        for key, target in copy.module.state_dict().items():
+            target.copy_(tensors[pairing.trained[f"{module}.{key}"]])

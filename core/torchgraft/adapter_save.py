@@ -1,0 +1,147 @@
+"""Writing an adapter directory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torchgraft
+from torchgraft import fingerprint, peft_names
+from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS
+from torchgraft.config import Config
+from torchgraft.graft import parts_of
+from torchgraft.manager import registry
+from torchgraft.method import Method
+from torchgraft.output import json_bytes, replace_file
+from torchgraft.site import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchgraft.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    site: Site
+    config: Config
+    params: Mapping[str, Tensor]
+    fingerprint: str
+    """Of the frozen weight."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter directory holds, wherever it comes from."""
+
+    method: Method
+    config: Config
+    sites: list[SavedSite]
+    trained: dict[str, Mapping[str, Tensor]]
+    """Module that is trained whole → its state."""
+    also_train: tuple[str, ...]
+    """The names under which those modules were asked for."""
+    modules: list[str]
+    """The names of all modules of the base."""
+    base: str | None
+    """The base's name or path, as the user gave it."""
+
+
+def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
+    """Write `adapter` into `directory`, which is made if need be; each file is replaced in one step."""
+    from torchgraft.module_layers import named_base_modules
+
+    contents = Contents(
+        method=registry().method(adapter.method),
+        config=adapter.config,
+        sites=[SavedSite(part.site, part.config, part.tensors(), frozen_fingerprint(part.site)) for part in adapter.parts.values()],
+        trained={name: copy.module.state_dict() for name, copy in adapter.copies.items()},
+        also_train=adapter.plan.trained,
+        modules=[name for name, _ in named_base_modules(adapter.model)],
+        base=getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
+    )
+    write(contents, Path(directory))
+
+
+def write(contents: Contents, directory: Path) -> None:
+    """Write the tensors, PEFT's config if PEFT knows the method, and last the record that names the tensors' hash."""
+    from safetensors.torch import save as serialize
+
+    directory.mkdir(parents=True, exist_ok=True)
+    peft = contents.method.peft is not None
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(contents).items()}
+    data = serialize(tensors, metadata={"format": "pt"})
+    replace_file(directory / (PEFT_TENSORS if peft else NATIVE_TENSORS), data)
+    if peft:
+        replace_file(directory / PEFT_CONFIG, json_bytes(_peft_config(contents)))
+    replace_file(directory / NATIVE, json_bytes(_record(contents, PEFT_TENSORS if peft else NATIVE_TENSORS, data)))
+
+
+def _named_tensors(contents: Contents) -> dict[str, Tensor]:
+    peft = contents.method.peft
+    prefix = peft_names.PREFIX if peft else ""
+    tensors = {f"{prefix}{module}.{key}": tensor for module, state in contents.trained.items() for key, tensor in state.items()}
+    for saved in contents.sites:
+        named = peft.to_tensors(saved.site, saved.config, saved.params) if peft else saved.params
+        tensors.update({f"{prefix}{saved.site.name}.{suffix}": tensor for suffix, tensor in named.items()})
+    return tensors
+
+
+def _peft_config(contents: Contents) -> dict[str, Any]:
+    peft = contents.method.peft
+    assert peft is not None
+    entries = {saved.site.name: peft.to_config(saved.site, saved.config, contents.config) for saved in contents.sites}
+    names = list(entries)
+    free = [module for module in contents.modules if not peft_names.in_saved_module({"modules_to_save": contents.also_train}, module)]
+    document: dict[str, Any] = {
+        "base_model_name_or_path": contents.base,
+        "task_type": None,
+        "inference_mode": True,
+        "target_modules": peft_names.targets(names, free),
+        "modules_to_save": sorted(contents.also_train) or None,
+    }
+    common = Counter((entry.get("r"), entry.get("lora_alpha")) for entry in entries.values()).most_common(1)[0][0]
+    document |= next(entry for entry in entries.values() if (entry.get("r"), entry.get("lora_alpha")) == common)
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        own = {name: entry[key] for name, entry in entries.items() if entry.get(key) != document.get(key)}
+        document[pattern] = peft_names.patterns(own, names)
+    return document
+
+
+def _record(contents: Contents, file: str, data: bytes) -> dict[str, Any]:
+    info = registry().info(contents.method.name)
+    return {
+        "format": FORMAT,
+        "torchgraft": torchgraft.__version__,
+        "method": {"name": contents.method.name, "distribution": info.distribution, "version": info.version},
+        "config": contents.config.model_dump(),
+        "sites": [_site_record(saved, contents.config) for saved in contents.sites],
+        "also_train": list(contents.also_train),
+        "base": contents.base,
+        "tensors": {"file": file, "sha256": hashlib.sha256(data).hexdigest()},
+    }
+
+
+def _site_record(saved: SavedSite, default: Config) -> dict[str, Any]:
+    own, common = saved.config.model_dump(), default.model_dump()
+    return {
+        "name": saved.site.name,
+        "kind": saved.site.kind.name,
+        "shape": list(saved.site.shape),
+        "dtype": saved.site.dtype,
+        "groups": saved.site.groups,
+        "config": {key: value for key, value in own.items() if value != common[key]},
+        "fingerprint": saved.fingerprint,
+    }
+
+
+def frozen_fingerprint(site: Site) -> str:
+    """Of the weight as it was before any adapter was merged into it."""
+    parts = parts_of(site.module) if site.module is not None else []
+    first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)
+    return first.fingerprint if first is not None else fingerprint.of_tensor(site.stored_weight())

@@ -1,0 +1,178 @@
+"""A checkpoint on disk: one safetensors file, or a directory with one, or with shards and an index. Nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from torchgraft import dtypes
+from torchgraft.errors import FileFormatError
+from torchgraft.safetensors_header import Header, TensorEntry, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`root` is the directory, or the file itself if a file was given."""
+
+    root: Path
+    headers: tuple[Header, ...]
+    config: dict[str, Any]
+    """config.json, or empty."""
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorEntry]:
+        return {name: entry for header in self.headers for name, entry in header.tensors.items()}
+
+    @cached_property
+    def file_of(self) -> dict[str, Path]:
+        return {name: header.path for header in self.headers for name in header.tensors}
+
+    @property
+    def directory(self) -> Path:
+        return self.root if self.root.is_dir() else self.root.parent
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        with self.file_of[name].open("rb") as file:
+            return read_tensor(file, self.tensors[name])
+
+
+def read_tensor(file: BinaryIO, entry: TensorEntry) -> Tensor:
+    """The tensor that `entry` describes, from an open file."""
+    import torch
+
+    dtype = dtypes.torch_dtype(entry.dtype)
+    if entry.numel == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    data = bytearray(entry.end - entry.begin)
+    file.seek(entry.begin)
+    if file.readinto(data) != len(data):  # type: ignore[attr-defined]  # every file opened with "rb" has it
+        raise FileFormatError(f"{file.name}: it became shorter while it was read, at tensor {entry.name!r}")
+    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Read every header of `source`: a directory, a .safetensors file, or a hub id in the local cache.
+
+    Raises:
+        FileFormatError: there is no such thing, or what is there is broken.
+    """
+    root = locate(source)
+    if root.is_dir():
+        headers = _headers_of_directory(root)
+        return Checkpoint(root, headers, read_json(root / "config.json", missing_ok=True))
+    if root.suffix != ".safetensors":
+        raise FileFormatError(f"{root}: not a .safetensors file; give a checkpoint directory or a .safetensors file")
+    return Checkpoint(root, (read_header(root),), read_json(root.parent / "config.json", missing_ok=True))
+
+
+def locate(source: str | Path) -> Path:
+    """The path that `source` names; a hub id is looked up in the local cache, then downloaded."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if not (isinstance(source, str) and HUB_ID.fullmatch(source)) or path.parent.exists():
+        raise FileFormatError(f"{source}: no such file or directory")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+    except ImportError:
+        raise FileFormatError(f"{source}: no such file or directory; to use a hub id, install torchgraft[hf]") from None
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return _download(source, patterns)
+
+
+def _download(source: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileFormatError(f"{source}: no such file or directory, and no such hub id could be fetched ({reason})") from error
+
+
+def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`."""
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if missing_ok:
+            return {}
+        raise FileFormatError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise FileFormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
+    return document
+
+
+def _headers_of_directory(root: Path) -> tuple[Header, ...]:
+    # transformers, too, takes the single file before the index.
+    if (root / WEIGHTS).exists():
+        return (read_header(root / WEIGHTS),)
+    if (root / INDEX).exists():
+        return _headers_of_index(root / INDEX)
+    files = sorted(root.glob("*.safetensors"))
+    if [file.name for file in files] == ["adapter_model.safetensors"]:
+        raise FileFormatError(f"{root}: this is an adapter directory; the base model is needed here")
+    if len(files) == 1:
+        return (read_header(files[0]),)
+    if files:
+        names = ", ".join(file.name for file in files[:4])
+        raise FileFormatError(f"{root}: {len(files)} .safetensors files ({names}…) and no {INDEX} that says which; give one file")
+    if any(root.glob("*.bin")):
+        raise FileFormatError(
+            f"{root}: its weights are .bin files, which are pickles; save it again with save_pretrained(…), which writes safetensors"
+        )
+    raise FileFormatError(f"{root}: no .safetensors file in this directory")
+
+
+def _headers_of_index(index: Path) -> tuple[Header, ...]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise FileFormatError(f"{index}: it has no weight_map from tensor names to file names")
+    headers = []
+    for shard in sorted(set(weight_map.values())):
+        if _leaves_directory(shard):
+            raise FileFormatError(f"{index}: the shard {shard!r} lies outside the directory; refused")
+        if not (index.parent / shard).is_file():
+            raise FileFormatError(f"{index}: the shard {shard!r} is missing; download or copy it again")
+        headers.append(read_header(index.parent / shard))
+    _check_index(index, weight_map, headers)
+    return tuple(headers)
+
+
+def _leaves_directory(name: str) -> bool:
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name
+
+
+def _check_index(index: Path, weight_map: dict[str, str], headers: list[Header]) -> None:
+    found: dict[str, str] = {}
+    for header in headers:
+        shard = header.path.relative_to(index.parent).as_posix()
+        for name in header.tensors:
+            if name in found:
+                raise FileFormatError(f"{index}: tensor {name!r} is in two shards, {found[name]} and {shard}")
+            found[name] = shard
+    for name, shard in weight_map.items():
+        if found.get(name) != shard:
+            raise FileFormatError(f"{index}: tensor {name!r} should be in {shard!r}, and is not")
+    for name in found.keys() - weight_map.keys():
+        raise FileFormatError(f"{index}: tensor {name!r} is in {found[name]!r}, and the index does not list it")

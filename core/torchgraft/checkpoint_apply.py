@@ -1,0 +1,58 @@
+"""Making a new adapter for a checkpoint, without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchgraft import fingerprint
+from torchgraft.adapter import seed_of
+from torchgraft.adapter_save import Contents, SavedSite, write
+from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint_layers import module_names
+from torchgraft.config import Config
+from torchgraft.layers import Layer
+from torchgraft.manager import MethodHooks
+from torchgraft.output import new_directory
+from torchgraft.planning import Plan, site_of
+
+
+def apply_to_checkpoint(
+    checkpoint: Checkpoint,
+    chosen: Plan,
+    hooks: MethodHooks,
+    config: Config,
+    configs: Mapping[str, Config],
+    output: Path,
+    *,
+    base: str,
+    seed: int,
+) -> None:
+    """Initialise an adapter as `chosen` and `configs` say, and write it to the new directory `output`."""
+    with new_directory(output) as directory:
+        write(
+            Contents(
+                method=hooks.method,
+                config=config,
+                sites=[_site(checkpoint, layer, hooks, configs[layer.name], seed) for layer in chosen.sites],
+                trained={name: _state(checkpoint, name) for name in chosen.trained},
+                also_train=chosen.trained,
+                modules=module_names(checkpoint),
+                base=base,
+            ),
+            directory,
+        )
+
+
+def _site(checkpoint: Checkpoint, layer: Layer, hooks: MethodHooks, config: Config, seed: int) -> SavedSite:
+    weight = f"{layer.name}.weight"
+    site = site_of(layer, read=lambda: checkpoint.read(weight))
+    generator = torch.Generator().manual_seed(seed_of(seed, site.name))
+    return SavedSite(site, config, hooks.init(site, config, generator), fingerprint.of_file(checkpoint, weight))
+
+
+def _state(checkpoint: Checkpoint, module: str) -> dict[str, Any]:
+    return {name.removeprefix(f"{module}."): checkpoint.read(name) for name in checkpoint.tensors if name.startswith(f"{module}.")}

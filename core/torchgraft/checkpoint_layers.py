@@ -1,0 +1,142 @@
+"""The layers of a checkpoint, from its headers and config.json alone.
+
+A matrix in a file does not say whether it is a Linear's (out, in), a Conv1D's (in, out) or an Embedding's; a square one
+looks the same for all. So the kind is taken from names that have one meaning in every published architecture, from
+model_type where they have two, and from the bias's length, which is the number of outputs. Where that leaves a doubt
+the layer gets no kind: the orientation is never guessed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torchgraft.checkpoint import Checkpoint
+from torchgraft.dtypes import ADAPTABLE, SIZES
+from torchgraft.layers import Layer
+from torchgraft.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
+from torchgraft.safetensors_header import TensorEntry
+from torchgraft.selection import name_matcher
+
+CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+"""Those of transformers whose CONV1D_LEAVES are Conv1D. In LINEAR_MODELS they are Linear; in any other they may be either."""
+LINEAR_MODELS = frozenset({"gpt_bigcode", "gpt_neo", "starcoder2"})
+
+LINEAR_LEAVES = (
+    ATTENTION_LEAVES | MLP_LEAVES | HEADS | frozenset("dense out_proj in_proj pos_proj pos_q_proj q k v o wo decoder".split())
+) - CONV1D_LEAVES
+CONV_LEAVES = frozenset(["conv", "conv1", "conv2", "patch_embedding", "projection"])
+
+INPUT_EMBEDDINGS = frozenset(["embed_tokens", "word_embeddings", "wte", "embed_in", "shared", "tokens_embed"])
+
+OWN_FORWARD = (
+    ("whisper", "*.embed_positions"),
+    ("bart", "*.embed_*"),
+    ("mbart", "*.embed_*"),
+    ("opt", "*.embed_positions"),
+    ("gemma*", "*embed_tokens"),
+)
+"""(model_type, layer): embeddings that scale or shift what they look up, so that a change of the weight is not added as it is."""
+
+UNKNOWN = "has a weight whose orientation the names do not tell; pass --kind '{name}=Linear' (or Conv1D, Embedding, Conv2d, …)"
+
+
+def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> list[Layer]:
+    """Every module that has tensors, in the order of the files. `kinds` (pattern → kind) overrides what the names tell."""
+    owners: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    for header in checkpoint.headers:
+        for entry in header.in_file_order:
+            module, _, leaf = entry.name.rpartition(".")
+            owners[module][leaf] = entry
+    model_type = str(checkpoint.config.get("model_type", ""))
+    layers = [_layer(name, tensors, model_type) for name, tensors in owners.items()]
+    return _overridden(_with_ties(layers, checkpoint), kinds or {})
+
+
+def module_names(checkpoint: Checkpoint) -> list[str]:
+    """Every module that holds tensors, directly or in its children."""
+    names: dict[str, None] = {}
+    for tensor in checkpoint.tensors:
+        segments = tensor.split(".")[:-1]
+        names.update(dict.fromkeys(".".join(segments[:end]) for end in range(1, len(segments) + 1)))
+    return list(names)
+
+
+def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Layer:
+    weight = tensors.get("weight") or max(tensors.values(), key=lambda entry: entry.numel)
+    kind, reason = (None, "") if "weight" not in tensors or len(weight.shape) < 2 else _kind(name, tensors, model_type)
+    return Layer(
+        name=name,
+        kind=kind,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        params=sum(entry.numel for entry in tensors.values()),
+        bytes=sum(entry.numel * SIZES[entry.dtype] for entry in tensors.values()),
+        reason=reason,
+    )
+
+
+def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> tuple[str | None, str]:
+    shape, dtype = tensors["weight"].shape, tensors["weight"].dtype
+    segments = name.split(".")
+    leaf = segments[-1]
+    if dtype not in ADAPTABLE:
+        return None, f"has a weight of type {dtype}, which is quantized"
+    if any(fnmatchcase(model_type, model) and fnmatchcase(name, layer) for model, layer in OWN_FORWARD):
+        return None, "is an embedding with a forward of its own, which scales or shifts what it looks up"
+    if "experts" in segments or leaf in ("gate", "router"):
+        return None, "belongs to a mixture of experts, whose weights the model may hold in another form"
+    unknown = None, UNKNOWN.format(name=name)
+    if len(shape) > 2:
+        is_conv = leaf in CONV_LEAVES or (leaf == "proj" and any("patch_embed" in segment for segment in segments))
+        return (f"Conv{len(shape) - 2}d", "") if is_conv and len(shape) <= 5 else unknown
+    if leaf in CONV1D_LEAVES:
+        return (_transposed(tensors, model_type), "") if _transposed(tensors, model_type) else unknown
+    if leaf in EMBEDDING_LEAVES:
+        return "Embedding", ""
+    if leaf in LINEAR_LEAVES or HEADS.intersection(segments) or _outputs(tensors) == shape[0] != shape[1]:
+        return "Linear", ""
+    return unknown
+
+
+def _transposed(tensors: Mapping[str, TensorEntry], model_type: str) -> str | None:
+    """Conv1D or Linear, for a name that can be either."""
+    if model_type in CONV1D_MODELS:
+        return "Conv1D"
+    if model_type in LINEAR_MODELS:
+        return "Linear"
+    outputs, (first, second) = _outputs(tensors), tensors["weight"].shape
+    if outputs is None or first == second:
+        return None
+    return {first: "Linear", second: "Conv1D"}.get(outputs)
+
+
+def _outputs(tensors: Mapping[str, TensorEntry]) -> int | None:
+    bias = tensors.get("bias")
+    return bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
+
+
+def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
+    """Mark the input embedding if the model's output head is this same weight: the head need not be in the files then."""
+    architectures = checkpoint.config.get("architectures") or []
+    if not any(word in str(name) for name in architectures for word in ("LM", "PreTraining", "ConditionalGeneration")):
+        return layers
+    said = checkpoint.config.get("tie_word_embeddings") is True
+    heads = {layer.shape for layer in layers if layer.role == "head"}
+    return [
+        replace(layer, tied=("the output head",)) if _is_input(layer) and (said or layer.shape not in heads) else layer for layer in layers
+    ]
+
+
+def _is_input(layer: Layer) -> bool:
+    return layer.kind == "Embedding" and layer.name.rpartition(".")[2] in INPUT_EMBEDDINGS
+
+
+def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:
+    for pattern, kind in kinds.items():
+        matches = name_matcher(pattern)
+        layers = [replace(layer, kind=kind, reason="") if matches(layer.name) and len(layer.shape) > 1 else layer for layer in layers]
+    return layers

@@ -1,0 +1,118 @@
+"""Taking a merge back: from the merged directory alone to every file of the base, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from torchgraft import exact
+from torchgraft.adapter_files import read_adapter
+from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
+from torchgraft.checkpoint_merge import CORRECTIONS, FORMAT, Merge, Progress, copy_bytes, prepare_on, relative_name
+from torchgraft.errors import FileFormatError, MergeError
+from torchgraft.output import new_directory, refuse_existing
+from torchgraft.pairing import base_of_checkpoint, pair
+from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sidecars
+
+
+@dataclass(frozen=True)
+class UnmergeReport:
+    output: Path
+    restored_tensors: int
+    copied_tensors: int
+    files: int
+    """How many files were compared with the hash of the original."""
+
+
+def unmerge_checkpoint(merged: str | Path, output: str | Path, *, progress: Progress = lambda _: None) -> UnmergeReport:
+    """Write the base of `merged` to the new directory `output`. Every file has the hash of the original, or it is refused.
+
+    Raises:
+        MergeError: the directory was not merged here or without an undo record, or was changed since.
+        FileFormatError: a file is broken.
+    """
+    target = Path(output)
+    refuse_existing(target)
+    checkpoint = open_checkpoint(merged)
+    record = _read_record(checkpoint)
+    merge, corrections = _prepare(checkpoint, record)
+    carried, _ = sidecars(checkpoint)
+    with new_directory(target) as directory:
+        _write_weights(merge, corrections, record, directory, progress)
+        for relative in carried:
+            if relative.as_posix() in record["original_files"]:
+                copy_into(checkpoint.root / relative, directory / relative)
+        _check_files(record, directory, checkpoint)
+        earlier = checkpoint.directory / UNDO / "base"
+        for path in sorted(earlier.rglob("*")):
+            if path.is_file():
+                copy_into(path, directory / path.relative_to(earlier))
+    restored = len(record["original_tensors"])
+    return UnmergeReport(target, restored, len(checkpoint.tensors) - restored, len(record["original_files"]))
+
+
+def _read_record(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.directory / RECORD
+    record = read_json(path, missing_ok=True)
+    if not record:
+        raise MergeError(f"{checkpoint.root}: no {RECORD} in it, so it was not merged by torchgraft; there is nothing to take back")
+    if record.get("format") != FORMAT:
+        raise FileFormatError(f"{path}: format {record.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
+    if not record.get("undo"):
+        raise MergeError(f"{checkpoint.root}: it was merged with --no-undo, so the original bits are not in it; take the base model")
+    maps = (record.get("original_tensors"), record.get("original_files"), record.get("sites"))
+    if not all(isinstance(value, dict) for value in maps):
+        raise FileFormatError(f"{path}: it lacks what a merge's record must have; was it edited by hand?")
+    return record
+
+
+def _prepare(checkpoint: Checkpoint, record: Mapping[str, Any]) -> tuple[Merge, dict[str, Tensor]]:
+    undo = checkpoint.directory / UNDO
+    base = base_of_checkpoint(checkpoint)
+    kinds = {name: replace(base.layers[name], kind=site["kind"]) for name, site in record["sites"].items() if name in base.layers}
+    # The weights here are the merged ones: hashes, not samples, will tell whether the right bits come out.
+    base = replace(base, layers={**base.layers, **kinds}, fingerprint=lambda _: "")
+    merge = prepare_on(checkpoint, pair(read_adapter(undo / "adapter"), base).demand(base), base)
+    merge.tensors = merge.pairing.files.read_all()
+    corrections = open_checkpoint(undo / CORRECTIONS)
+    return merge, {name: corrections.read(name) for name in corrections.tensors}
+
+
+def _write_weights(merge: Merge, corrections: Mapping[str, Tensor], record: Mapping[str, Any], directory: Path, progress: Progress) -> None:
+    for header in merge.checkpoint.headers:
+        path = directory / relative_name(merge.checkpoint, header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with header.path.open("rb") as source, path.open("wb") as target:
+            target.write(header.raw)
+            for entry in header.in_file_order:
+                digest = record["original_tensors"].get(entry.name)
+                if digest is None:
+                    copy_bytes(source, target, entry, progress)
+                    continue
+                target.write(exact.as_bytes(_restored(merge, corrections, entry.name, read_tensor(source, entry), digest)))
+                progress(entry.end - entry.begin)
+
+
+def _restored(merge: Merge, corrections: Mapping[str, Tensor], name: str, merged: Tensor, digest: str) -> Tensor:
+    if f"{name}#value" not in corrections or not (name in merge.replaced or f"{name}#index" in corrections):
+        raise FileFormatError(f"{merge.checkpoint.directory / UNDO / CORRECTIONS}: it has no entry for {name!r}")
+    value = corrections[f"{name}#value"]
+    if name in merge.replaced:
+        return value.reshape(merged.shape)
+    correction = exact.Correction(corrections[f"{name}#index"], value, digest)
+    return exact.correct(merge.nearly_unmerged(name, merged), correction, name)
+
+
+def _check_files(record: Mapping[str, Any], directory: Path, checkpoint: Checkpoint) -> None:
+    for name, expected in record["original_files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise MergeError(f"{checkpoint.root}: {name} is missing, so the original cannot be given back whole")
+        if sha256(path) != expected:
+            raise MergeError(
+                f"{checkpoint.root / name}: it was changed since the merge, so the original cannot be given back. Nothing was left behind"
+            )

@@ -1,0 +1,57 @@
+"""Telling whether a base is the one that an adapter was made for, from a sample of each targeted weight."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchgraft import dtypes
+from torchgraft.exact import as_bytes
+
+if TYPE_CHECKING:
+    from torchgraft.checkpoint import Checkpoint
+
+RUNS = 16
+LENGTH = 16
+COMPARABLE = frozenset({"float32", "float64", "bfloat16"})
+"""Rounded to bfloat16, these give the same sample of the same weight; float16 has lost other bits."""
+
+
+def runs(numel: int) -> list[tuple[int, int]]:
+    """Where the sample lies: (first, last + 1) of up to 16 runs of 16 entries, evenly spread over the flat weight."""
+    if numel <= RUNS * LENGTH:
+        return [(0, numel)]
+    return [(start := run * (numel - LENGTH) // (RUNS - 1), start + LENGTH) for run in range(RUNS)]
+
+
+def of_tensor(stored: Tensor) -> str:
+    """The fingerprint of a weight in memory; empty on the meta device."""
+    if stored.is_meta:
+        return ""
+    flat = stored.detach().reshape(-1)
+    return _digest(torch.cat([flat[first:end] for first, end in runs(flat.numel())]))
+
+
+def of_file(checkpoint: Checkpoint, name: str) -> str:
+    """The fingerprint of a weight in a file; reads only the sample."""
+    entry = checkpoint.tensors[name]
+    size, dtype = dtypes.SIZES[entry.dtype], dtypes.torch_dtype(entry.dtype)
+    with checkpoint.file_of[name].open("rb") as file:
+        pieces = []
+        for first, end in runs(entry.numel):
+            file.seek(entry.begin + first * size)
+            pieces.append(file.read((end - first) * size))
+    return _digest(torch.frombuffer(bytearray(b"".join(pieces)), dtype=dtype)) if entry.numel else ""
+
+
+def comparable(one: str, other: str) -> bool:
+    """Whether weights of these two dtypes have the same fingerprint if they are the same."""
+    return one == other or {one, other} <= COMPARABLE
+
+
+def _digest(sample: Tensor) -> str:
+    kept = sample if dtypes.name_of(sample.dtype) not in COMPARABLE else sample.to(torch.bfloat16)
+    return hashlib.sha256(as_bytes(kept)).hexdigest()[:32]

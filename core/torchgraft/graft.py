@@ -1,0 +1,190 @@
+"""Attaching to a layer, by giving the module object a subclass of its own class.
+
+The object, its name, its parameters and `isinstance` stay as they were. The adapters are children of the module, under
+`adapters`, so that `state_dict`, `.to()`, FSDP and `deepcopy` find them. torch's FSDP2 swaps classes in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from torchgraft.config import Config
+from torchgraft.errors import AttachError
+from torchgraft.exact import Undo
+from torchgraft.manager import registry
+from torchgraft.site import Site
+
+CHILD = "adapters"
+
+
+class Part(nn.Module):
+    """What one adapter adds to one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active = True
+        self.undo: Undo | None = None
+        """What unmerge needs; there while this part is merged into the weight."""
+
+    @property
+    def runs(self) -> bool:
+        return self.active and self.undo is None
+
+    def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The output of `layer` with this part on it."""
+        return layer(*args, **kwargs)
+
+
+class SitePart(Part):
+    """A method's tensors for one site."""
+
+    def __init__(self, site: Site, method: str, config: Config, tensors: Mapping[str, Tensor], buffers: frozenset[str]) -> None:
+        super().__init__()
+        self.site = site
+        self.method = method
+        self.config = config
+        for name, tensor in tensors.items():
+            if name in buffers:
+                self.register_buffer(name, tensor.detach())
+            else:
+                self.register_parameter(name, nn.Parameter(tensor.detach()))
+        self._resolve()
+
+    def _resolve(self) -> None:
+        self.hooks = registry().hooks(self.method)
+        self._forward = self.hooks.forward
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]  # none is registered as None
+
+    def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        (x,) = (*args, *kwargs.values())  # a layer of a known kind takes one input
+        return self._forward(self.site, self.config, self.tensors(), x, layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plugins' functions may be closures, which neither pickle nor copy: they are looked up again.
+        return {key: value for key, value in self.__dict__.items() if key not in ("hooks", "_forward")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._resolve()
+
+
+class TrainedCopy(Part):
+    """A whole module that is trained (`also_train`): it runs in the place of the original, which stays as it was."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.module = module
+
+    def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class Grafted(nn.Module):
+    """Mixed into the class of a module that carries adapters."""
+
+    _torchgraft = True
+    adapters: nn.ModuleDict
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Callable[..., Any] = super().forward
+        for part in parts_of(self):
+            if part.runs:
+                layer = partial(part.adapted, layer)
+        return layer(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made here and has no importable name: rebuild it from the one that has.
+        _, arguments, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        return (_rebuild, (base_class(self), *arguments[1:]), *rest)
+
+
+_classes: dict[type, type[nn.Module]] = {}
+
+
+def _grafted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """One class for each base, so that equal modules stay of equal type."""
+    if base not in _classes:
+        _classes[base] = type(f"Grafted{base.__name__}", (Grafted, base), {"__module__": base.__module__})
+    return _classes[base]
+
+
+def _rebuild(base: type[nn.Module], *arguments: Any) -> nn.Module:
+    cls = _grafted_class(base)
+    return cls.__new__(cls, *arguments)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that `module` had before anything was attached."""
+    cls = type(module)
+    return cls.__mro__[2] if isinstance(module, Grafted) else cls
+
+
+def attach(module: nn.Module, name: str, part: Part, *, keeps_unfused: bool = False) -> None:
+    """Put `part` on `module` under the adapter's name; it runs after those that are there.
+
+    Args:
+        keeps_unfused: the module is in an nn.TransformerEncoderLayer, which in eval reads the weights of its children
+            and passes over their forward, unless one of them has a hook.
+    """
+    if not isinstance(module, Grafted):
+        module.__class__ = _grafted_class(type(module))
+        module.add_module(CHILD, nn.ModuleDict())
+        if keeps_unfused:
+            module.__dict__["_graft_hook"] = module.register_forward_pre_hook(_no_change)
+    part.train(module.training)
+    _container(module)[name] = part
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Take the adapter's part off; with the last one, the module gets its own class back."""
+    del _container(module)[name]
+    if not _container(module):
+        del module._modules[CHILD]
+        if "_graft_hook" in module.__dict__:
+            module.__dict__.pop("_graft_hook").remove()
+        module.__class__ = base_class(module)
+
+
+def parts_of(module: nn.Module) -> list[Part]:
+    """What sits on `module`, in the order in which it was attached."""
+    return cast(list[Part], list(_container(module).values())) if isinstance(module, Grafted) else []
+
+
+def _container(module: nn.Module) -> nn.ModuleDict:
+    return cast(nn.ModuleDict, module._modules[CHILD])
+
+
+def strip(module: nn.Module) -> None:
+    """Take every adapter off `module` and what is in it."""
+    for child in list(module.modules()):
+        if isinstance(child, Grafted):
+            for name in list(_container(child)):
+                detach(child, name)
+
+
+def check_can_attach(name: str, layer: str, module: nn.Module) -> None:
+    """
+    Raises:
+        AttachError: the module carries an adapter of this name, or has a member in the way.
+    """
+    if isinstance(module, Grafted):
+        if name in _container(module):
+            raise AttachError(f"{layer}: there is an adapter {name!r} on it; detach it, or choose another name=…")
+    elif hasattr(module, CHILD):
+        raise AttachError(f"{layer}: its class has a member called {CHILD!r}, where adapters would be kept")
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether torch takes it as the name of a child: no dot, not empty, no member of nn.ModuleDict."""
+    return bool(name) and "." not in name and not hasattr(nn.ModuleDict, name) and name not in nn.ModuleDict().__dict__
+
+
+def _no_change(module: nn.Module, args: Any) -> None:
+    """A forward hook that is there only to be there."""

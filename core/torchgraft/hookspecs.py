@@ -1,0 +1,105 @@
+"""The hooks that a plugin can provide. `from torchgraft import hookimpl` marks an implementation.
+
+A hook may leave out arguments that it does not need, but not rename them. The hooks of a method (adapter_*) are called
+for that method's own plugin alone; a plugin without a method can observe or wrap any of them and sees every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from torchgraft.config import Config
+from torchgraft.kinds import Kind, Shape
+from torchgraft.method import Method
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+    from torch.optim import Optimizer
+
+    from torchgraft.adapter import Adapter
+    from torchgraft.site import Site
+
+PROJECT = "torchgraft"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec(firstresult=True)
+def adapter_method() -> Method:  # type: ignore[empty-body]
+    """Name the method that this plugin provides. Called once, when the plugin is loaded; it must be cheap."""
+
+
+@hookspec(firstresult=True)
+def adapter_shapes(site: Site, config: Any) -> dict[str, Shape]:  # type: ignore[empty-body]
+    """Name → shape of the tensors that `adapter_init` will return. Called to count and to check without torch.
+
+    Optional: without it, `adapter_init` is run on a weight without values to find out.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_init(site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:  # type: ignore[empty-body]
+    """Make one site's tensors, on the CPU. Called when an adapter is created.
+
+    All are trained, but those that the method lists as buffers. Draw random numbers from `generator` only: it is seeded
+    by the user's seed and the site's name. `site.weight()` is the frozen weight, canonical and in float32.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_forward(  # type: ignore[empty-body]
+    site: Site, config: Any, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The adapted layer's output for the input `x`, in the dtype of `base(x)`. Called in every forward pass.
+
+    `base(x)` is the output without this adapter. `site.project_in` and `site.project_out` apply factors in the layer's
+    own way, convolution or look-up. Do not change `x` or `base(x)` in place.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_merge(config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:  # type: ignore[empty-body]
+    """The weight that gives the adapted layer's output by itself. Called by merge, without gradients.
+
+    `weight` holds the canonical rows `rows` of the frozen weight, in float32 (float64 where it is stored so); params
+    come in the same dtype, and whole. A hook that leaves out `rows` is given the whole weight. Returns a new tensor.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_unmerge(config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:  # type: ignore[empty-body]
+    """The inverse of `adapter_merge`, as near as arithmetic allows. Called by merge and unmerge.
+
+    It need not be exact: what it misses is recorded when merging, and put right after it. The nearer it comes, the
+    smaller that record.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_param_groups(adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+    """Parameter groups for a torch optimizer. Optional: without it there is one group with `lr` and `weight_decay`."""
+
+
+@hookspec(firstresult=True)
+def adapter_penalty(site: Site, config: Any, params: Mapping[str, Tensor]) -> Tensor | None:
+    """A term of one site to be added to the loss. Optional; `adapter.penalty()` sums it over the sites."""
+
+
+@hookspec(firstresult=True)
+def adapter_step(adapter: Adapter, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
+    """Called by `adapter.step(…)` after each optimizer step, for methods that change ranks or schedules. Optional."""
+
+
+@hookspec
+def layer_kind() -> Kind:  # type: ignore[empty-body]
+    """A further kind of layer, which all methods can then adapt. It is asked before the built-in ones."""
+
+
+METHOD_HOOKS = ("adapter_init", "adapter_forward", "adapter_merge", "adapter_unmerge")
+"""What a plugin that has a method must provide."""
+
+__all__ = ["METHOD_HOOKS", "PROJECT", "Config", "hookimpl", "hookspec"]

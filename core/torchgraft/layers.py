@@ -1,0 +1,45 @@
+"""A model as a list of layers. Selection, plan and inspect work on it, whether it came from a module or from headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torchgraft.roles import role_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module that owns tensors. It can be adapted if it has a kind."""
+
+    name: str
+    kind: str | None
+    """Linear, Conv1D (transformers' transposed linear), Embedding, Conv1d, Conv2d, Conv3d, or a plugin's own."""
+    shape: tuple[int, ...]
+    """Of the weight as it is stored; of the largest tensor where none is called weight."""
+    dtype: str
+    params: int
+    """Elements in all the module's own tensors."""
+    bytes: int
+    groups: int = 1
+    """Of a grouped convolution."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the same module."""
+    tied: tuple[str, ...] = ()
+    """Other layers whose weight is this same tensor."""
+    reason: str = ""
+    """Why it has no kind, where its shape would allow one."""
+
+    @cached_property
+    def role(self) -> str:
+        return role_of(self.name, self.kind)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+
+def by_name(layers: Iterable[Layer]) -> dict[str, Layer]:
+    """Every name of every layer, aliases included."""
+    return {name: layer for layer in layers for name in layer.names}

@@ -1,0 +1,183 @@
+"""What low-rank methods share: how A and B start, and how they stand in PEFT's files. A library for plugins.
+
+Letters as in the papers: W (d, k) the frozen weight, A (r, k), B (d, r), s the scale; ΔW = s·B·A.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+from torchgraft import dtypes
+from torchgraft.config import LowRankConfig
+from torchgraft.errors import PairingError, TorchgraftWarning
+from torchgraft.kinds import Shape
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from torchgraft.site import Site
+
+
+def factor_shapes(site: Site, config: LowRankConfig) -> dict[str, Shape]:
+    """A (r, k) and B (d, r); for pissa also A0 and B0, of the same shapes."""
+    shapes: dict[str, Shape] = {"A": (config.rank, site.in_features), "B": (site.out_features, config.rank)}
+    return shapes | {"A0": shapes["A"], "B0": shapes["B"]} if config.init == "pissa" else shapes
+
+
+def init_factors(site: Site, config: LowRankConfig, generator: Generator) -> dict[str, Tensor]:
+    """A and B as `config.init` says.
+
+    | init          | A                                | B          | B·A at the start            |
+    |---------------|----------------------------------|------------|-----------------------------|
+    | kaiming       | U(-1/√fan_in, 1/√fan_in)         | 0          | 0                           |
+    | gaussian      | N(0, σ²/r)                       | 0          | 0                           |
+    | orthogonal    | orthonormal rows                 | 0          | 0                           |
+    | swapped       | 0                                | N(0, σ²/r) | 0                           |
+    | both-gaussian | N(0, σ²/r)                       | N(0, σ²/r) | not 0: the output changes   |
+    | pissa         | √Σ_r·V_rᵀ/√s                     | U_r·√Σ_r/√s | the top r directions of W/s |
+
+    For pissa, A0 and B0 are copies that stay fixed, and ΔW = s·(B·A - B0·A0): it starts at 0 and trains exactly as
+    PiSSA (arXiv 2404.02948) does on W - s·B0·A0, without rewriting W.
+    """
+    import torch
+
+    shapes = factor_shapes(site, config)
+    if config.init == "pissa":
+        return _pissa(site, config)
+    a, b = torch.zeros(shapes["A"]), torch.zeros(shapes["B"])
+    spread = config.sigma / sqrt(config.rank)
+    if config.init == "kaiming":
+        bound = 1 / sqrt(site.fan_in)
+        a.uniform_(-bound, bound, generator=generator)
+    elif config.init == "orthogonal":
+        torch.nn.init.orthogonal_(a, generator=generator)
+    if config.init in ("gaussian", "both-gaussian"):
+        a.normal_(0, spread, generator=generator)
+    if config.init in ("swapped", "both-gaussian"):
+        b.normal_(0, spread, generator=generator)
+    if config.init == "both-gaussian":
+        warnings.warn(
+            "init both-gaussian: B·A is not 0, so the model's output changes before any training", TorchgraftWarning, stacklevel=2
+        )
+    dtype = dtypes.torch_dtype(config.dtype)
+    return {"A": a.to(dtype), "B": b.to(dtype)}
+
+
+def _pissa(site: Site, config: LowRankConfig) -> dict[str, Tensor]:
+    import torch
+
+    u, s, vh = torch.linalg.svd(site.weight().cpu(), full_matrices=False)
+    root = (s[: config.rank] / config.scale).sqrt()
+    dtype = dtypes.torch_dtype(config.dtype)
+    a = (root[:, None] * vh[: config.rank]).to(dtype).contiguous()
+    b = (u[:, : config.rank] * root).to(dtype).contiguous()
+    return {"A": a, "B": b, "A0": a.clone(), "B0": b.clone()}
+
+
+def factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The A and B whose product is the whole update; for pissa (2r, k) and (d, 2r), with -B0·A0 in it."""
+    a, b = params["A"], params["B"]
+    if "A0" not in params:
+        return a, b
+    import torch
+
+    return torch.cat([a, params["A0"]]), torch.cat([b, -params["B0"]], dim=1)
+
+
+class LowRankPeft:
+    """The layout of PEFT's LORA type: suffixes lora_A.weight and lora_B.weight, or lora_embedding_A and _B."""
+
+    IGNORED = frozenset(
+        "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out "
+        "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha "
+        "lora_dropout lora_ga_config megatron_core modules_to_save alpha_pattern rank_pattern peft_type "
+        "peft_version qalora_group_size r revision runtime_config target_modules task_type use_rslora "
+        "use_dora bias".split()
+    )
+    """What the engine or this class reads, or what has no effect on a trained adapter."""
+
+    def to_config(self, site: Site, config: LowRankConfig, default: LowRankConfig) -> dict[str, Any]:
+        rank, rooted = self._peft_rank(site, config), default.scaling == "alpha/sqrt(r)"
+        as_it_is = rank == config.rank and config.scaling == default.scaling != "none"
+        alpha = config.alpha if as_it_is else config.scale * (sqrt(rank) if rooted else rank)
+        return {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": default.dropout,
+            "use_rslora": rooted,
+            "init_lora_weights": True,
+        }
+
+    def from_config(self, peft: Mapping[str, Any]) -> LowRankConfig | None:
+        if peft.get("peft_type") != "LORA" or peft.get("use_dora"):
+            return None
+        if peft.get("bias", "none") != "none":
+            raise PairingError(f"adapter_config.json: bias={peft['bias']!r}: trained biases are not supported; only bias='none' is")
+        for key, value in peft.items():
+            if value and key not in self.IGNORED:
+                raise PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
+        return LowRankConfig(
+            rank=peft.get("r", 8),
+            alpha=float(peft.get("lora_alpha", 8)),
+            dropout=float(peft.get("lora_dropout", 0.0)),
+            scaling="alpha/sqrt(r)" if peft.get("use_rslora") else "alpha/r",
+        )
+
+    def shapes(self, site: Site, config: LowRankConfig) -> dict[str, Shape]:
+        rank, groups = self._peft_rank(site, config), site.groups
+        name_a, name_b = self._suffixes(site)
+        if len(site.shape) == 2:
+            return {name_a: (rank, site.in_features), name_b: (site.out_features, rank)}
+        kernel = site.shape[2:]
+        return {name_a: (rank, site.shape[1] * groups, *kernel), name_b: (site.out_features, rank // groups, *(1,) * len(kernel))}
+
+    def to_tensors(self, site: Site, config: LowRankConfig, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        a, b = factors(params)
+        shapes = self.shapes(site, config)
+        name_a, name_b = self._suffixes(site)
+        if site.groups > 1:
+            a = _block_diagonal(a.reshape(len(a), *site.shape[1:]), site.groups)
+        return {name_a: a.reshape(shapes[name_a]), name_b: b.reshape(shapes[name_b])}
+
+    def from_tensors(self, site: Site, config: LowRankConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        a, b = (tensors[suffix] for suffix in self._suffixes(site))
+        if site.groups > 1:
+            a = _from_block_diagonal(site, a)
+        a, b = a.reshape(-1, site.in_features), b.reshape(site.out_features, -1)
+        if config.init != "pissa":
+            return {"A": a, "B": b}
+        r = config.rank
+        return {"A": a[:r], "B": b[:, :r], "A0": a[r:], "B0": -b[:, r:]}
+
+    def _suffixes(self, site: Site) -> tuple[str, str]:
+        return ("lora_embedding_A", "lora_embedding_B") if site.kind.name == "Embedding" else ("lora_A.weight", "lora_B.weight")
+
+    def _peft_rank(self, site: Site, config: LowRankConfig) -> int:
+        """PEFT has no A0, B0: they are appended to A, B. Nor has it one A for all groups: it is repeated in each."""
+        return config.rank * (2 if config.init == "pissa" else 1) * site.groups
+
+
+def _block_diagonal(filters: Tensor, groups: int) -> Tensor:
+    """(r, in/g, k…) → (g·r, in, k…): the same filters for each group's own inputs, zero for the others'."""
+    r, width, *kernel = filters.shape
+    whole = filters.new_zeros(groups, r, groups, width, *kernel)
+    for group in range(groups):
+        whole[group, :, group] = filters
+    return whole.reshape(groups * r, groups * width, *kernel)
+
+
+def _from_block_diagonal(site: Site, whole: Tensor) -> Tensor:
+    """The inverse of `_block_diagonal`."""
+    rows, columns = whole.shape[:2]
+    r = rows // site.groups
+    filters = whole[:r, : columns // site.groups]
+    if not _block_diagonal(filters, site.groups).equal(whole):
+        raise PairingError(
+            f"{site.name}: this adapter connects inputs and outputs across the layer's {site.groups} groups, so it is no change of "
+            "the layer's weight; PEFT's grouped convolutions cannot be merged"
+        )
+    return filters

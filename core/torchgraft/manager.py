@@ -1,0 +1,310 @@
+"""The plugins: found through the entry-point group "torchgraft", loaded one at a time, never in each other's way.
+
+The name of an entry point is the name of its method. `TORCHGRAFT_PLUGINS=a,b` lets only those plugins of other
+distributions load (empty: none of them); `TORCHGRAFT_STRICT=1` makes a plugin that fails fatal.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, cast
+
+import pluggy
+
+from torchgraft import hookspecs, kinds
+from torchgraft.errors import PluginError, TorchgraftWarning
+from torchgraft.kinds import Kind, Shape
+from torchgraft.method import Method
+from torchgraft.selection import near
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from torchgraft.site import Site
+
+GROUP = "torchgraft"
+DISTRIBUTION = "torchgraft"
+FORWARD_ARGUMENTS = ("site", "config", "params", "x", "base")
+
+Forward = Callable[..., "Tensor"]
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One plugin, loaded or not. `error` says why it cannot be used."""
+
+    name: str
+    distribution: str
+    version: str
+    entry_point: str
+    error: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.entry_point}, from {self.distribution} {self.version})"
+
+
+class Registry:
+    """The manager of plugins: pluggy behind typed methods.
+
+    Args:
+        points: the entry points to use; by default those of the installed distributions.
+    """
+
+    def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
+        self._manager = _new_manager()
+        self._infos: dict[str, PluginInfo] = {}
+        self._points: dict[str, EntryPoint] = {}
+        self._methods: dict[str, Method] = {}
+        self._refused: list[PluginInfo] = []
+        for point in sorted(entry_points(group=GROUP) if points is None else points, key=_bundled_first):
+            self._discover(point)
+
+    def plugins(self) -> list[PluginInfo]:
+        """All plugins, after an attempt to load each."""
+        for name in list(self._points):
+            self._try_load(name)
+        return [*self._infos.values(), *self._refused]
+
+    def register(self, plugin: object, name: str) -> None:
+        """Add a plugin that is at hand as a module or an object, without an entry point.
+
+        Raises:
+            PluginError: the name is taken, or the plugin's hooks do not fit the specifications.
+        """
+        info = PluginInfo(name, "(registered by hand)", "", getattr(plugin, "__name__", type(plugin).__name__))
+        if name in self._infos:
+            raise PluginError(_taken(info, self._infos[name]))
+        self._add(plugin, info)
+        self._infos[name] = info
+
+    def unregister(self, name: str) -> None:
+        """Remove a plugin that `register` added."""
+        self._manager.unregister(name=name)
+        self._methods.pop(name, None)
+        del self._infos[name]
+
+    def method(self, name: str) -> Method:
+        """The method called `name`. Loads that plugin and no other.
+
+        Raises:
+            PluginError: there is no such plugin, it has no method, or it cannot be loaded.
+        """
+        if name not in self._infos:
+            raise PluginError(f"there is no plugin {name!r}{near(name, self._infos)}; 'adapt plugins list' shows those installed")
+        self._try_load(name)
+        if error := self._infos[name].error:
+            raise PluginError(f"the plugin {self._infos[name]} cannot be used: {error}")
+        if name not in self._methods:
+            raise PluginError(f"the plugin {self._infos[name]} provides no method: it has no adapter_method hook")
+        return self._methods[name]
+
+    def info(self, name: str) -> PluginInfo:
+        self.method(name)
+        return self._infos[name]
+
+    def methods(self) -> list[Method]:
+        """Every method that can be loaded."""
+        self._load_all()
+        return list(self._methods.values())
+
+    def hooks(self, name: str) -> MethodHooks:
+        """The hooks of the method `name`, with every observer and wrapper around them."""
+        method = self.method(name)
+        self._load_all()
+        others = [self._manager.get_plugin(other) for other in self._methods if other != name]
+        return MethodHooks(method, self._manager, self._manager.get_plugin(name), others)
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """Every kind of layer: those of plugins, then the built-in ones."""
+        self._load_all()
+        return (*self._manager.hook.layer_kind(), *kinds.BUILTIN)
+
+    def kind(self, name: str) -> Kind:
+        """The kind called `name`.
+
+        Raises:
+            PluginError: no plugin provides it.
+        """
+        found = {kind.name: kind for kind in reversed(kinds.BUILTIN)}.get(name)
+        found = found or next((kind for kind in self.kinds() if kind.name == name), None)
+        if found is None:
+            raise PluginError(f"there is no kind of layer {name!r}; is the plugin that adds it installed?")
+        return found
+
+    def _discover(self, point: EntryPoint) -> None:
+        info = _info_of(point)
+        if info.distribution != DISTRIBUTION and not _allowed(point.name):
+            return
+        if (holder := self._infos.get(point.name)) is not None:
+            self._refuse(info, holder)
+            return
+        self._infos[point.name] = info
+        self._points[point.name] = point
+
+    def _refuse(self, info: PluginInfo, holder: PluginInfo) -> None:
+        """A bundled name stays with its owner; of two strangers, neither gets it."""
+        if _strict():
+            raise PluginError(_taken(info, holder))
+        self._refused.append(replace(info, error=_taken(info, holder)))
+        if holder.distribution != DISTRIBUTION:
+            self._infos[info.name] = replace(holder, error=_taken(holder, info))
+            self._points.pop(info.name, None)
+
+    def _load_all(self) -> None:
+        for name in list(self._points):
+            if error := self._try_load(name):
+                warnings.warn(f"the plugin {self._infos[name]} is left out: {error}", TorchgraftWarning, stacklevel=3)
+
+    def _try_load(self, name: str) -> str:
+        """Load one plugin once; returns the error, if there was one just now."""
+        point = self._points.pop(name, None)
+        if point is None:
+            return ""
+        info = self._infos[name]
+        try:
+            self._add(point.load(), info)
+        except (Exception, SystemExit) as error:  # whatever a stranger's module does on import stays its own problem
+            message = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+            if _strict():
+                raise PluginError(f"the plugin {info} cannot be used: {message}") from error
+            self._infos[name] = replace(info, error=message)
+            return message
+        return ""
+
+    def _add(self, plugin: object, info: PluginInfo) -> None:
+        _check_hooks(plugin)
+        self._manager.register(plugin, name=info.name)
+        own = _own_hooks(self._manager, plugin)
+        try:
+            if "adapter_method" in own:
+                self._methods[info.name] = _method_of(own, info)
+        except Exception:
+            self._manager.unregister(plugin)
+            raise
+
+
+class MethodHooks:
+    """The hooks of one method as plain, typed calls."""
+
+    def __init__(self, method: Method, manager: pluggy.PluginManager, plugin: object, others: list[object]) -> None:
+        self.method = method
+        self._own = _own_hooks(manager, plugin)
+        self._callers = {name: manager.subset_hook_caller(name, others) for name in vars(manager.hook) if name.startswith("adapter_")}
+
+    def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
+        """Of the tensors that `init` returns, without making them if the method can tell."""
+        shapes: dict[str, Shape] | None = self._callers["adapter_shapes"](site=site, config=config)
+        if shapes is not None:
+            return shapes
+        import torch
+
+        weight = torch.empty(site.shape, dtype=getattr(torch, site.dtype), device="meta")
+        blank = replace(site, module=None, read=lambda: weight)
+        return {name: tuple(tensor.shape) for name, tensor in self.init(blank, config, torch.Generator()).items()}
+
+    def init(self, site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = self._callers["adapter_init"](site=site, config=config, generator=generator)
+        return tensors
+
+    @cached_property
+    def forward(self) -> Forward:
+        """The plugin's own function, unless another plugin observes or wraps it: no pluggy in the hot path."""
+        caller, own = self._callers["adapter_forward"], self._own["adapter_forward"]
+        if len(caller.get_hookimpls()) > 1:
+            return lambda *args: caller(**dict(zip(FORWARD_ARGUMENTS, args, strict=True)))
+        function: Forward = cast(Forward, own.function)
+        if own.argnames == FORWARD_ARGUMENTS:
+            return function
+        places = [FORWARD_ARGUMENTS.index(name) for name in own.argnames]
+        return lambda *args: function(*(args[place] for place in places))
+
+    @property
+    def merges_rows(self) -> bool:
+        """Whether merge and unmerge can be given blocks of rows."""
+        return all("rows" in self._own[name].argnames for name in ("adapter_merge", "adapter_unmerge"))
+
+    def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        merged: Tensor = self._callers["adapter_merge"](config=config, params=params, weight=weight, rows=rows)
+        return merged
+
+    def unmerge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        restored: Tensor = self._callers["adapter_unmerge"](config=config, params=params, weight=weight, rows=rows)
+        return restored
+
+    def param_groups(self, **arguments: Any) -> list[dict[str, Any]] | None:
+        groups: list[dict[str, Any]] | None = self._callers["adapter_param_groups"](**arguments)
+        return groups
+
+    def penalty(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> Tensor | None:
+        penalty: Tensor | None = self._callers["adapter_penalty"](site=site, config=config, params=params)
+        return penalty
+
+    def step(self, **arguments: Any) -> None:
+        self._callers["adapter_step"](**arguments)
+
+
+@cache
+def registry() -> Registry:
+    """The registry of the installed plugins, made once."""
+    return Registry()
+
+
+def _new_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def _own_hooks(manager: pluggy.PluginManager, plugin: object) -> dict[str, pluggy.HookImpl]:
+    callers = manager.get_hookcallers(plugin) or []
+    return {caller.name: impl for caller in callers for impl in caller.get_hookimpls() if impl.plugin is plugin}
+
+
+def _check_hooks(plugin: object) -> None:
+    """Try the plugin on a manager of its own: pluggy leaves a plugin half registered when a signature is wrong."""
+    trial = _new_manager()
+    try:
+        trial.register(plugin)
+        trial.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(" ".join(str(error).split())) from None
+
+
+def _method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
+    missing = [name for name in hookspecs.METHOD_HOOKS if name not in own]
+    if missing:
+        raise PluginError(f"it has an adapter_method but not {', '.join(missing)}")
+    method = own["adapter_method"].function()
+    if not isinstance(method, Method):
+        raise PluginError(f"its adapter_method returned a {type(method).__name__}, not a torchgraft.Method")
+    if method.name != info.name:
+        raise PluginError(f"its method is called {method.name!r} and its entry point {info.name!r}; they must be the same")
+    return method
+
+
+def _info_of(point: EntryPoint) -> PluginInfo:
+    dist = point.dist
+    return PluginInfo(point.name, dist.name if dist else "(unknown)", dist.version if dist else "", point.value)
+
+
+def _bundled_first(point: EntryPoint) -> tuple[bool, str, str]:
+    distribution = _info_of(point).distribution
+    return (distribution != DISTRIBUTION, point.name, distribution)
+
+
+def _taken(info: PluginInfo, holder: PluginInfo) -> str:
+    return f"the name {info.name!r} of {info} is taken by {holder}; uninstall one of the two"
+
+
+def _allowed(name: str) -> bool:
+    allowed = os.environ.get("TORCHGRAFT_PLUGINS")
+    return allowed is None or name in {word.strip() for word in allowed.split(",")}
+
+
+def _strict() -> bool:
+    return os.environ.get("TORCHGRAFT_STRICT", "") not in ("", "0")

@@ -1,0 +1,88 @@
+"""The layers of an nn.Module."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from torchgraft import dtypes, graft
+from torchgraft.kinds import Kind, kind_of
+from torchgraft.layers import Layer
+
+
+def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
+    """Every module that owns parameters, in the model's order. What adapters have added is left out."""
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in named_base_modules(model):
+        names[module].append(name)
+    inside_attention = {child for module in names if isinstance(module, nn.MultiheadAttention) for child in module.children()}
+    owners = {module: found for module, found in names.items() if any(p is not None for p in module._parameters.values())}
+    tied = _tied(owners)
+    counted: set[int] = set()
+    return [_layer(module, found, tied.get(module, ()), kinds, module in inside_attention, counted) for module, found in owners.items()]
+
+
+def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, with every name of a module that has several, and without adapters."""
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        yield name, module
+        for key, child in module._modules.items():
+            if child is not None and not (key == graft.CHILD and isinstance(module, graft.Grafted)):
+                yield from walk(f"{name}.{key}" if name else key, child)
+
+    return walk("", model)
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's `state_dict` without what adapters have added."""
+    added = [
+        f"{name}.{graft.CHILD}." if name else f"{graft.CHILD}."
+        for name, child in named_base_modules(module)
+        if isinstance(child, graft.Grafted)
+    ]
+    return {key: tensor for key, tensor in module.state_dict().items() if not key.startswith(tuple(added))}
+
+
+def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tuple[Kind, ...], fused: bool, counted: set[int]) -> Layer:
+    own = {key: tensor for key, tensor in module._parameters.items() if tensor is not None}
+    weight = own.get("weight", max(own.values(), key=lambda tensor: tensor.numel()))
+    kind, reason = kind_of(module, kinds)
+    if fused and kind is not None:
+        kind, reason = None, "belongs to a MultiheadAttention, which reads its weight and passes over its forward"
+    new = [tensor for tensor in own.values() if _identity(tensor) not in counted]  # a tied weight counts where it comes first
+    counted.update(map(_identity, new))
+    return Layer(
+        name=names[0],
+        kind=kind.name if kind else None,
+        shape=tuple(weight.shape),
+        dtype=dtypes.name_of(weight.dtype),
+        params=sum(tensor.numel() for tensor in new),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in new),
+        groups=getattr(module, "groups", 1) if kind else 1,
+        aliases=tuple(names[1:]),
+        tied=tied,
+        reason=reason,
+    )
+
+
+def _tied(owners: dict[nn.Module, list[str]]) -> dict[nn.Module, tuple[str, ...]]:
+    """For each module whose weight another module also has, the names of those others."""
+    sharing: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in owners:
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            sharing[_identity(weight)].append(module)
+    return {
+        module: tuple(owners[other][0] for other in modules if other is not module)
+        for modules in sharing.values()
+        if len(modules) > 1
+        for module in modules
+    }
+
+
+def _identity(tensor: Tensor) -> int:
+    """Equal for two Parameters that share their memory; on the meta device, which has none, for the same Parameter."""
+    return tensor.data_ptr() or id(tensor)

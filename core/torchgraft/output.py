@@ -1,0 +1,84 @@
+"""Writing so that what is there is either whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torchgraft.errors import FileFormatError
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` to write into; it gets that name when the block ends well, else it goes.
+
+    Raises:
+        FileFormatError: `target` exists, or its parent cannot be written.
+    """
+    refuse_existing(target)
+    try:
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.absolute().parent))
+    except OSError as error:
+        raise FileFormatError(f"{target}: cannot be written: {error.strerror}") from error
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        temporary.chmod(0o777 & ~_umask())
+        refuse_existing(target)
+        temporary.rename(target)
+        _sync(target.absolute().parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise FileFormatError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+        raise
+
+
+def refuse_existing(target: Path) -> None:
+    """
+    Raises:
+        FileFormatError: something is there already.
+    """
+    if target.exists() or target.is_symlink():
+        raise FileFormatError(f"{target}: exists already; choose another output, or remove it first")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` in one step: a reader sees the old content or the new."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def json_bytes(document: Any) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

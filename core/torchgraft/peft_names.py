@@ -1,0 +1,90 @@
+"""PEFT's names: of tensors, of the modules that a config targets, and the patterns for single modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torchgraft.errors import PairingError
+from torchgraft.layers import Layer
+from torchgraft.roles import LINEAR_KINDS
+
+PREFIX = "base_model.model."
+
+
+def targets(sites: Sequence[str], modules: Iterable[str]) -> list[str] | str:
+    """`target_modules` that match the sites and no other module: last segments, else whole names, else a regex."""
+    names, wanted = list(modules), set(sites)
+    for candidates in (sorted({name.rpartition(".")[2] for name in sites}), sorted(sites)):
+        if {name for name in names if _is_suffix(name, candidates)} <= wanted:
+            return candidates
+    return "|".join(re.escape(name) for name in sorted(sites))
+
+
+def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
+    """A `rank_pattern` or `alpha_pattern` for the sites in `values`: keys that match one site each, in any order.
+
+    PEFT takes the first key with re.match(r"(.*\\.)?(key)$", site), and saves the keys sorted.
+    """
+    found = {}
+    for name, value in values.items():
+        others = (site for site in sites if site != name)
+        clear = not any(re.match(rf"(.*\.)?({name})$", other) for other in others)
+        found[name if clear else f"^{re.escape(name)}"] = value
+    return found
+
+
+def pattern_value(pattern: Mapping[str, Any], site: str, default: Any) -> Any:
+    """What PEFT takes for `site` from a `rank_pattern` or `alpha_pattern`."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", site):
+            return value
+    return default
+
+
+def is_target(peft: Mapping[str, Any], layer: Layer) -> bool:
+    """Whether PEFT would put an adapter on `layer`.
+
+    Raises:
+        PairingError: the config's regular expression is malformed.
+    """
+    if _named(peft.get("exclude_modules"), layer.name) or in_saved_module(peft, layer.name):
+        return False
+    wanted = peft.get("target_modules") or []
+    if wanted == "all-linear":
+        return layer.kind in LINEAR_KINDS and layer.role != "head"
+    return _named(wanted, layer.name) and (isinstance(wanted, str) or _in_blocks(peft, layer.name))
+
+
+def in_saved_module(peft: Mapping[str, Any], name: str) -> bool:
+    return any(f".{saved}." in f".{name}." for saved in peft.get("modules_to_save") or [])
+
+
+def _named(wanted: Any, name: str) -> bool:
+    if not wanted:
+        return False
+    if not isinstance(wanted, str):
+        return _is_suffix(name, wanted)
+    try:
+        return re.fullmatch(wanted, name) is not None
+    except re.error as error:
+        raise PairingError(f"adapter_config.json: {wanted!r} is not a regular expression: {error}") from None
+
+
+def _is_suffix(name: str, candidates: Iterable[str]) -> bool:
+    return any(name == candidate or name.endswith(f".{candidate}") for candidate in candidates)
+
+
+def _in_blocks(peft: Mapping[str, Any], name: str) -> bool:
+    blocks = peft.get("layers_to_transform")
+    if blocks is None or blocks == []:
+        return True
+    wanted = [blocks] if isinstance(blocks, int) else list(blocks)
+    containers = peft.get("layers_pattern") or [r"[^.]*"]
+    start = r".*?\." if not peft.get("layers_pattern") else r"(?:^|.*?\.)"
+    matches = (
+        re.match(rf"{start}{container}\.(\d+)\.", name) for container in ([containers] if isinstance(containers, str) else containers)
+    )
+    first = next((match for match in matches if match), None)
+    return first is not None and int(first[1]) in wanted

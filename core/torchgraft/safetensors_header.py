@@ -1,0 +1,148 @@
+"""The header of a safetensors file, read as JSON and checked in full: no torch, no tensor data.
+
+A file is an unsigned 64-bit length N (little endian), N bytes of JSON, then the data. The JSON maps each tensor's name
+to its dtype, shape and [begin, end) within the data. The data must be covered without gap or overlap.
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torchgraft import dtypes
+from torchgraft.errors import FileFormatError
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: `begin` and `end` are absolute byte offsets in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Header:
+    path: Path
+    raw: bytes
+    """The length field and the JSON, as they stand at the start of the file."""
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+    @cached_property
+    def in_file_order(self) -> list[TensorEntry]:
+        return sorted(self.tensors.values(), key=lambda entry: (entry.begin, entry.end))
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of `path`.
+
+    Raises:
+        FileFormatError: the file is missing, truncated, or not valid safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8:
+                raise _broken(path, f"it has {size} bytes, and the header's length alone takes 8")
+            if length > MAX_HEADER:
+                raise _broken(path, f"its header claims {length:,} bytes, more than the format's {MAX_HEADER:,}")
+            if 8 + length > size:
+                raise _broken(path, f"its header claims {length:,} bytes, but only {size - 8:,} follow: is it truncated?")
+            body = file.read(length)
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
+    tensors, metadata = _parse(path, body, data_start=8 + length)
+    header = Header(path, start + body, tensors, metadata)
+    _check_coverage(header, data_start=8 + length, size=size)
+    return header
+
+
+def dump_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """The length field and JSON for tensors that lie one after the other: name → (torch dtype name, shape).
+
+    Padded with spaces to a multiple of 8 bytes, as the safetensors library does, so that data is aligned.
+    """
+    codes = {name: code for code, name in dtypes.NAMES.items()}
+    document: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + prod(shape) * dtypes.SIZES[dtype]
+        document[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    body = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    body += b" " * (-len(body) % 8)
+    return len(body).to_bytes(8, "little") + body
+
+
+def _parse(path: Path, body: bytes, data_start: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    try:
+        document = json.loads(body, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"its header is not valid JSON ({error}): is it a safetensors file?") from error
+    if not isinstance(document, dict):
+        raise _broken(path, "its header is not a JSON object: is it a safetensors file?")
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "its __metadata__ is not a map of strings")
+    return {name: _entry(path, name, value, data_start) for name, value in document.items()}, metadata
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    try:
+        code, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (TypeError, KeyError, ValueError):
+        raise _broken(path, f"tensor {name!r} lacks a dtype, a shape or its two data_offsets") from None
+    if not whole:
+        raise _broken(path, f"tensor {name!r} has a shape or an offset that is not a whole number ≥ 0: {shape}, {[begin, end]}")
+    if not isinstance(code, str) or code not in dtypes.NAMES:
+        raise _broken(path, f"tensor {name!r} has the dtype {code!r}, which is not known here")
+    dtype = dtypes.NAMES[code]
+    expected = prod(shape) * dtypes.SIZES[dtype]
+    if end - begin != expected:
+        raise _broken(path, f"tensor {name!r} takes {expected:,} bytes as {code} {list(shape)}, but its offsets span {end - begin:,}")
+    return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_coverage(header: Header, data_start: int, size: int) -> None:
+    position = data_start
+    for entry in header.in_file_order:
+        if entry.begin != position:
+            what = "overlaps the one before it" if entry.begin < position else "leaves a gap before it"
+            raise _broken(
+                header.path, f"tensor {entry.name!r} {what} (offset {entry.begin - data_start:,}, expected {position - data_start:,})"
+            )
+        position = entry.end
+    if position != size:
+        what = "is it truncated?" if position > size else "something was appended"
+        raise _broken(header.path, f"its header describes {position:,} bytes, the file has {size:,}: {what}")
+
+
+def _broken(path: Path, why: str) -> FileFormatError:
+    return FileFormatError(f"{os.fspath(path)}: {why}")

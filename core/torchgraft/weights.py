@@ -1,0 +1,43 @@
+"""Merging one weight: the method's arithmetic in float32, rounded once to the weight's own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchgraft.errors import MergeError
+from torchgraft.kinds import Kind
+from torchgraft.manager import MethodHooks
+from torchgraft.site import from_canonical, to_canonical
+
+
+def merged_weight(hooks: MethodHooks, name: str, kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
+    """`stored` with the adapter in it: a new tensor of the same shape and dtype.
+
+    Raises:
+        MergeError: an entry that was finite would become NaN or infinite.
+    """
+    merged = _through(hooks.merge, kind, config, params, stored)
+    if not merged.isfinite().all() and stored.isfinite().all():
+        raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({_culprit(params, stored)}). Nothing was changed")
+    return merged
+
+
+def nearly_unmerged(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], merged: Tensor) -> Tensor:
+    """What arithmetic makes of the original weight; `exact.correct` puts the rest right."""
+    return _through(hooks.unmerge, kind, config, params, merged)
+
+
+@torch.no_grad()
+def _through(hook: Callable[..., Tensor], kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
+    weight = to_canonical(kind, stored)
+    wide = {name: tensor.detach().to(weight) if tensor.is_floating_point() else tensor for name, tensor in params.items()}
+    return from_canonical(kind, hook(config, wide, weight), like=stored)
+
+
+def _culprit(params: Mapping[str, Tensor], stored: Tensor) -> str:
+    bad = [name for name, tensor in params.items() if not tensor.isfinite().all()]
+    return f"the adapter's {', '.join(bad)} has them" if bad else f"the sum leaves the range of {stored.dtype}"

@@ -1,0 +1,61 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen weight W₀ and a trained update of rank r.
+
+    h = W₀·x + s·B·A·x        A (r, in), B (out, r), s = α/r
+
+Training starts at the pretrained model, for B = 0. Instead of out·in numbers, r·(out + in) are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torchgraft as tg
+from torchgraft import hookimpl
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+@hookimpl
+def adapter_method() -> tg.Method:
+    return tg.Method(
+        name="lora",
+        config=tg.LowRankConfig,
+        summary="adds a product of two thin matrices, s·B·A, to a frozen weight",
+        reference="https://arxiv.org/abs/2106.09685",
+        buffers=frozenset({"A0", "B0"}),
+        peft=tg.LowRankPeft(),
+    )
+
+
+@hookimpl
+def adapter_shapes(site: tg.Site, config: tg.LowRankConfig) -> dict[str, tuple[int, ...]]:
+    return tg.factor_shapes(site, config)
+
+
+@hookimpl
+def adapter_init(site: tg.Site, config: tg.LowRankConfig, generator: Generator) -> dict[str, Tensor]:
+    return tg.init_factors(site, config, generator)
+
+
+@hookimpl
+def adapter_forward(
+    site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
+) -> Tensor:
+    a, b = tg.factors(params)
+    h = base(x)
+    update = site.project_out(site.project_in(x, a, config.dropout), b)
+    return h + (config.scale * update).to(h.dtype)
+
+
+@hookimpl
+def adapter_merge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+    a, b = tg.factors(params)
+    return weight + config.scale * (b[rows] @ a)
+
+
+@hookimpl
+def adapter_unmerge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+    a, b = tg.factors(params)
+    return weight - config.scale * (b[rows] @ a)
