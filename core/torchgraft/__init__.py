@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters, apply as apply
+    from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
     from torchgraft.adapter_load import load as load
+    from torchgraft.attaching import apply as apply
     from torchgraft.checkpoint_merge import MergeReport as MergeReport, merge_checkpoint as merge_checkpoint
     from torchgraft.checkpoint_unmerge import unmerge_checkpoint as unmerge_checkpoint
     from torchgraft.config import Config as Config, LowRankConfig as LowRankConfig
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adapter": "Adapter Count activate adapters apply",
+    "adapter": "Adapter Count activate adapters",
     "adapter_load": "load",
+    "attaching": "apply",
     "checkpoint_merge": "MergeReport merge_checkpoint",
     "checkpoint_unmerge": "unmerge_checkpoint",
     "config": "Config LowRankConfig",

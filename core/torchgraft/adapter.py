@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -15,13 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchgraft import graft, module_merge
-from torchgraft.config import Config, parse_config
+from torchgraft.config import Config
 from torchgraft.errors import AttachError, MergeError
 from torchgraft.graft import Part, SitePart, TrainedCopy
 from torchgraft.layers import Layer
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.module_layers import layers_of_module
-from torchgraft.planning import Plan, configure, plan, site_of
+from torchgraft.planning import Plan
 from torchgraft.selection import near
 from torchgraft.site import Site
 
@@ -34,6 +32,8 @@ class Attached:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     frozen: list[nn.Parameter] = field(default_factory=list)
     """What was trainable before the first adapter, and will be again after the last."""
+    nested: list[nn.TransformerEncoder] = field(default_factory=list)
+    """The encoders that used nested tensors, and will again."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Adapter:
             MergeError: it is merged already, a weight is shared with another layer or has no values, or the result
                 would not be finite.
         """
-        module_merge.merge(self.name, self._by_module(), {layer.name: layer.tied for layer in self._layers()})
+        module_merge.merge(self.name, self.by_module(), {layer.name: layer.tied for layer in self._layers()})
 
     def unmerge(self, *, discard_edits: bool = False) -> None:
         """Give the base weights back, to the last bit, or change nothing.
@@ -148,7 +148,7 @@ class Adapter:
         Raises:
             MergeError: it is not merged, another adapter was merged after it, or it or the weights were changed since.
         """
-        module_merge.unmerge(self.name, self._by_module(), discard_edits)
+        module_merge.unmerge(self.name, self.by_module(), discard_edits)
 
     def detach(self, *, keep_merged: bool = False) -> None:
         """Take the adapter off; the model is as it was before `apply`. A merged one is unmerged first.
@@ -160,13 +160,15 @@ class Adapter:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
             self.unmerge()
-        for module, _ in self._by_module().values():
+        for module, _ in self.by_module().values():
             graft.detach(module, self.name)
-        attached = _attached(self.model)
+        attached = attached_to(self.model)
         del attached.adapters[self.name]
         if not attached.adapters:
             for parameter in attached.frozen:
                 parameter.requires_grad_(True)
+            for encoder in attached.nested:
+                encoder.use_nested_tensor = True
             delattr(self.model, STATE)
 
     def save(self, directory: str | PathLike[str]) -> None:
@@ -178,7 +180,7 @@ class Adapter:
     def _all_parts(self) -> list[Part]:
         return [*self.parts.values(), *self.copies.values()]
 
-    def _by_module(self) -> dict[str, tuple[nn.Module, Part]]:
+    def by_module(self) -> dict[str, tuple[nn.Module, Part]]:
         found: dict[str, tuple[nn.Module, Part]] = {}
         for name, part in {**self.parts, **self.copies}.items():
             found[name] = (self.model.get_submodule(name), part)
@@ -186,74 +188,6 @@ class Adapter:
 
     def _layers(self) -> list[Layer]:
         return layers_of_module(self.model, registry().kinds())
-
-
-def apply(
-    model: nn.Module,
-    method: str,
-    targets: str | Iterable[str] | None = None,
-    layers: str | Iterable[int] | None = None,
-    *,
-    name: str = "default",
-    seed: int = 0,
-    also_train: Iterable[str] = (),
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    allow_unmatched: bool = False,
-    **options: Any,
-) -> Adapter:
-    """Attach a new adapter to `model` in place. The model's own parameters are frozen until the last adapter is detached.
-
-    Args:
-        method: the plugin's name, "lora".
-        targets: patterns of the selection grammar; by default @linear, every matrix but the output head.
-        layers: keep the sites of these blocks: "0-15,20", or numbers.
-        name: several adapters can sit on one model, each under its own name. They are active together.
-        seed: with it and a site's name, that site's random numbers are fixed, whatever else is selected.
-        also_train: modules to be trained whole beside the adapter (a new head), saved and merged with it.
-        overrides: pattern → options for the sites that it matches; later patterns win over earlier ones.
-        options: the method's options: rank=16, alpha=32.
-
-    Raises:
-        SelectionError, ConfigError, PluginError: a pattern, an option or the method is wrong.
-        AttachError: a layer cannot carry the adapter. In every case the model is unchanged.
-    """
-    hooks = registry().hooks(method)
-    config = parse_config(method, hooks.method.config, options)
-    chosen = plan(model, targets, layers, also_train=also_train, allow_unmatched=allow_unmatched)
-    configs = configure(chosen.sites, hooks, config, overrides)
-
-    def make(site: Site) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed_of(seed, site.name))
-        with torch.device(_home(site)):
-            return hooks.init(site, configs[site.name], generator)
-
-    return attach(Adapter(model, name, method, config, chosen), configs, make)
-
-
-def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site], Mapping[str, Tensor]]) -> Adapter:
-    """Put `adapter` on its model, with each site's tensors from `make`. Everything that can fail comes before any change."""
-    model, name, base = adapter.model, adapter.name, adapter.plan
-    if not graft.is_adapter_name(name):
-        raise AttachError(f"{name!r} cannot be an adapter's name: torch does not take it as the name of a child; choose another")
-    if name in adapters(model):
-        raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
-    if not base.sites:
-        raise AttachError("nothing is selected: there would be nothing to train")
-    for layer in base.sites:
-        graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))
-        adapter.parts[layer.name] = _site_part(adapter, layer, configs[layer.name], make)
-    for trained in _runnable(model, base.trained):
-        graft.check_can_attach(name, trained, model.get_submodule(trained))
-        adapter.copies[trained] = TrainedCopy(trained, _trainable_copy(model.get_submodule(trained)))
-    attached = _attached(model)
-    if not attached.adapters:
-        attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.requires_grad_(False)
-    fused = _inside_fused_layers(model)
-    for module, part in adapter._by_module().values():
-        graft.attach(module, name, part, keeps_unfused=module in fused)
-    attached.adapters[name] = adapter
-    return adapter
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -276,56 +210,8 @@ def activate(model: nn.Module, *names: str) -> None:
             adapter.active = name in names
 
 
-def seed_of(seed: int, site: str) -> int:
-    """One seed per site, so that a site starts the same whatever else is selected."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "little") >> 1
-
-
-def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Callable[[Site], Mapping[str, Tensor]]) -> SitePart:
-    module = adapter.model.get_submodule(layer.name)
-    site = site_of(layer, module)
-    tensors = make(site)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    expected = adapter.hooks.shapes(site, config)
-    if shapes != expected:
-        raise AttachError(
-            f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
-        )
-    device = site.stored_weight().device
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return SitePart(site, adapter.method, config, moved, adapter.hooks.method.buffers)
-
-
-def _home(site: Site) -> str:
-    """Where a site's tensors are made: on the CPU, for the same numbers everywhere; without values if the model has none."""
-    return "meta" if site.stored_weight().is_meta else "cpu"
-
-
-def _attached(model: nn.Module) -> Attached:
+def attached_to(model: nn.Module) -> Attached:
     if STATE not in model.__dict__:
         setattr(model, STATE, Attached())
     found: Attached = model.__dict__[STATE]
     return found
-
-
-def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Containers that only chain or hold their children are replaced by these: it is the children that run."""
-    found: list[str] = []
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            found += _runnable(model, [f"{name}.{key}" for key, child in module.named_children() if any(True for _ in child.parameters())])
-        else:
-            found.append(name)
-    return found
-
-
-def _trainable_copy(module: nn.Module) -> nn.Module:
-    copy = deepcopy(module)
-    graft.strip(copy)
-    return copy.requires_grad_(True)
-
-
-def _inside_fused_layers(model: nn.Module) -> set[nn.Module]:
-    """Modules whose forward torch's fused encoder layer passes over, unless they have a hook."""
-    return {child for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer) for child in module.modules()}

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchgraft.adapter import Adapter, attach
+from torchgraft.adapter import Adapter
 from torchgraft.adapter_files import read_adapter
+from torchgraft.attaching import attach
 from torchgraft.errors import PairingError
 from torchgraft.pairing import PairedSite, Pairing, base_of_module, pair
 from torchgraft.planning import Plan

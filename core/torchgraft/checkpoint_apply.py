@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from torchgraft import fingerprint
-from torchgraft.adapter import seed_of
 from torchgraft.adapter_save import Contents, SavedSite, write
+from torchgraft.attaching import seed_of
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.checkpoint_layers import module_names
 from torchgraft.config import Config

@@ -126,17 +126,16 @@ def base_class(module: nn.Module) -> type[nn.Module]:
     return cls.__mro__[2] if isinstance(module, Grafted) else cls
 
 
-def attach(module: nn.Module, name: str, part: Part, *, keeps_unfused: bool = False) -> None:
+def attach(module: nn.Module, name: str, part: Part, *, needs_hook: bool = False) -> None:
     """Put `part` on `module` under the adapter's name; it runs after those that are there.
 
     Args:
-        keeps_unfused: the module is in an nn.TransformerEncoderLayer, which in eval reads the weights of its children
-            and passes over their forward, unless one of them has a hook.
+        needs_hook: add a hook that does nothing, for a module that `fused.modules_in_fused_layers` found.
     """
     if not isinstance(module, Grafted):
         module.__class__ = _grafted_class(type(module))
         module.add_module(CHILD, nn.ModuleDict())
-        if keeps_unfused:
+        if needs_hook:
             module.__dict__["_graft_hook"] = module.register_forward_pre_hook(_no_change)
     part.train(module.training)
     _container(module)[name] = part

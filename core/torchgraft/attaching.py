@@ -1,0 +1,133 @@
+"""Putting adapters on a model: `apply` makes a new one, `attach` puts on what `apply` and `load` have made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft import fused, graft
+from torchgraft.adapter import Adapter, adapters, attached_to
+from torchgraft.config import Config, parse_config
+from torchgraft.errors import AttachError
+from torchgraft.graft import SitePart, TrainedCopy
+from torchgraft.layers import Layer
+from torchgraft.manager import registry
+from torchgraft.planning import configure, plan, site_of
+from torchgraft.site import Site
+
+
+def apply(
+    model: nn.Module,
+    method: str,
+    targets: str | Iterable[str] | None = None,
+    layers: str | Iterable[int] | None = None,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    also_train: Iterable[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    allow_unmatched: bool = False,
+    **options: Any,
+) -> Adapter:
+    """Attach a new adapter to `model` in place. The model's own parameters are frozen until the last adapter is detached.
+
+    Args:
+        method: the plugin's name, "lora".
+        targets: patterns of the selection grammar; by default @linear, every matrix but the output head.
+        layers: keep the sites of these blocks: "0-15,20", or numbers.
+        name: several adapters can sit on one model, each under its own name. They are active together.
+        seed: with it and a site's name, that site's random numbers are fixed, whatever else is selected.
+        also_train: modules to be trained whole beside the adapter (a new head), saved and merged with it.
+        overrides: pattern → options for the sites that it matches; later patterns win over earlier ones.
+        options: the method's options: rank=16, alpha=32.
+
+    Raises:
+        SelectionError, ConfigError, PluginError: a pattern, an option or the method is wrong.
+        AttachError: a layer cannot carry the adapter. In every case the model is unchanged.
+    """
+    hooks = registry().hooks(method)
+    config = parse_config(method, hooks.method.config, options)
+    chosen = plan(model, targets, layers, also_train=also_train, allow_unmatched=allow_unmatched)
+    configs = configure(chosen.sites, hooks, config, overrides)
+
+    def make(site: Site) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed_of(seed, site.name))
+        with torch.device(_home(site)):
+            return hooks.init(site, configs[site.name], generator)
+
+    return attach(Adapter(model, name, method, config, chosen), configs, make)
+
+
+def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site], Mapping[str, Tensor]]) -> Adapter:
+    """Put `adapter` on its model, with each site's tensors from `make`. Everything that can fail comes before any change."""
+    model, name, base = adapter.model, adapter.name, adapter.plan
+    if not graft.is_adapter_name(name):
+        raise AttachError(f"{name!r} cannot be an adapter's name: torch does not take it as the name of a child; choose another")
+    if name in adapters(model):
+        raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
+    if not base.sites:
+        raise AttachError("nothing is selected: there would be nothing to train")
+    for layer in base.sites:
+        graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))
+        adapter.parts[layer.name] = _site_part(adapter, layer, configs[layer.name], make)
+    for trained in _runnable(model, base.trained):
+        graft.check_can_attach(name, trained, model.get_submodule(trained))
+        adapter.copies[trained] = TrainedCopy(trained, _trainable_copy(model.get_submodule(trained)))
+    attached = attached_to(model)
+    if not attached.adapters:
+        attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+        attached.nested = fused.stop_nesting(model)
+    in_fused_layers = fused.modules_in_fused_layers(model)
+    for module, part in adapter.by_module().values():
+        graft.attach(module, name, part, needs_hook=module in in_fused_layers)
+    attached.adapters[name] = adapter
+    return adapter
+
+
+def seed_of(seed: int, site: str) -> int:
+    """One seed per site, so that a site starts the same whatever else is selected."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "little") >> 1
+
+
+def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Callable[[Site], Mapping[str, Tensor]]) -> SitePart:
+    module = adapter.model.get_submodule(layer.name)
+    site = site_of(layer, module)
+    tensors = make(site)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = adapter.hooks.shapes(site, config)
+    if shapes != expected:
+        raise AttachError(
+            f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
+        )
+    device = site.stored_weight().device
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return SitePart(site, adapter.method, config, moved, adapter.hooks.method.buffers)
+
+
+def _home(site: Site) -> str:
+    """Where a site's tensors are made: on the CPU, for the same numbers everywhere; without values if the model has none."""
+    return "meta" if site.stored_weight().is_meta else "cpu"
+
+
+def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Containers that only chain or hold their children are replaced by these: it is the children that run."""
+    found: list[str] = []
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            found += _runnable(model, [f"{name}.{key}" for key, child in module.named_children() if any(True for _ in child.parameters())])
+        else:
+            found.append(name)
+    return found
+
+
+def _trainable_copy(module: nn.Module) -> nn.Module:
+    copy = deepcopy(module)
+    graft.strip(copy)
+    return copy.requires_grad_(True)
