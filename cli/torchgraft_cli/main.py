@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from importlib import import_module
@@ -42,7 +44,15 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = _show_warning
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        if not debug and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         adapt.main(arguments, prog_name="adapt", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
     except (TorchgraftError, click.ClickException, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("interrupted; nothing was left behind", 130, debug)
     except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
         hint = "" if debug else "; please report it with the output of adapt --debug …"
-        _fail(f"a bug in adapt: {type(error).__name__}: {error}{hint}", 1, debug)
+        _fail(f"a bug in adapt: {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1, debug)
 
 
 def _one_line(error: Exception) -> str:

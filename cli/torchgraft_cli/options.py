@@ -118,7 +118,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             value = json.loads(text)
         except ValueError:
             value = text
-        if found.setdefault(key, value) != value:
+        if repr(found.setdefault(key, value)) != repr(value):
             raise ConfigError(f"{key} is given twice, as {found[key]!r} and as {value!r}")
     return found
 

@@ -27,16 +27,42 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=width, highlight=False)
 
 
+DROPPED_FIRST = ("dtype", "bytes", "share", "kind", "of dense", "shape")
+"""Columns that a narrow terminal does without, in this order: a number cut short would be a wrong number."""
+
+
 def model_table(rows: Sequence[Row], total_params: int, trained_name: str = "") -> Table:
-    """The folded tree. With `trained_name` two more columns: what that method trains, and its share of the dense weights."""
+    dropped: set[str] = set()
+    out = console()
+    for name in (*DROPPED_FIRST, ""):
+        table = _model_table(rows, total_params, trained_name, dropped)
+        if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
+            break
+        dropped.add(name)
+    return table
+
+
+def _model_table(rows: Sequence[Row], total_params: int, trained_name: str, dropped: set[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("module", no_wrap=True, overflow="ellipsis", min_width=24)
-    for name in ("kind", "shape", "dtype"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for name in ("params", "bytes", "share", *((f"{trained_name} trains", "of dense") if trained_name else ())):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = [
+        "module",
+        "kind",
+        "shape",
+        "dtype",
+        "params",
+        "bytes",
+        "share",
+        *((f"{trained_name} trains", "of dense") if trained_name else ()),
+    ]
+    for place, name in enumerate(names):
+        if name in dropped:
+            continue
+        if place < 4:
+            table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=24 if place == 0 else None)
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row, total_params, bool(trained_name)))
+        table.add_row(*(cell for name, cell in zip(names, _cells(row, total_params, bool(trained_name))) if name not in dropped))
     return table
 
 

@@ -111,10 +111,17 @@ class Adapter:
 
     @active.setter
     def active(self, value: bool) -> None:
-        if self.merged:
-            raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
+        self.check_switchable()
         for part in self._all_parts():
             part.active = value
+
+    def check_switchable(self) -> None:
+        """
+        Raises:
+            MergeError: the adapter is merged, so forward cannot leave it out.
+        """
+        if self.merged:
+            raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -160,8 +167,10 @@ class Adapter:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
             self.unmerge()
-        for module, _ in self.by_module().values():
+        for module, part in self.by_module().values():
             graft.detach(module, self.name)
+            if part.undo is not None:
+                module_merge.forget(module, part.undo)
         attached = attached_to(self.model)
         del attached.adapters[self.name]
         if not attached.adapters:
@@ -205,9 +214,11 @@ def activate(model: nn.Module, *names: str) -> None:
     for name in names:
         if name not in found:
             raise AttachError(f"the model has no adapter {name!r}{near(name, found)}; it has {', '.join(found) or 'none'}")
-    for name, adapter in found.items():
-        if adapter.active != (name in names):
-            adapter.active = name in names
+    switched = {name: adapter for name, adapter in found.items() if adapter.active != (name in names)}
+    for adapter in switched.values():
+        adapter.check_switchable()
+    for name, adapter in switched.items():
+        adapter.active = name in names
 
 
 def attached_to(model: nn.Module) -> Attached:

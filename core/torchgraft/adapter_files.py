@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +85,8 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
         raise FileFormatError(f"{root}: no {PEFT_CONFIG} in it, so it is no adapter directory{_elsewhere(root)}")
     if native:
         _check_native(root / NATIVE, native)
+    if peft:
+        _check_peft(root / PEFT_CONFIG, peft)
     names = [native["tensors"]["file"]] if native else [PEFT_TENSORS, PEFT_PICKLE]
     tensor_file = next((root / name for name in names if (root / name).is_file()), None)
     if tensor_file is None:
@@ -105,13 +108,32 @@ def _check_native(path: Path, native: Mapping[str, Any]) -> None:
             and isinstance(native["tensors"]["sha256"], str)
             and isinstance(native["method"]["name"], str)
             and isinstance(native["config"], dict)
-            and all(isinstance(site["name"], str) and isinstance(site["shape"], list) for site in native["sites"])
+            and all(
+                isinstance(site["name"], str)
+                and isinstance(site["shape"], list)
+                and isinstance(site["kind"], str)
+                and isinstance(site["dtype"], str)
+                and isinstance(site["config"], dict)
+                for site in native["sites"]
+            )
             and all(isinstance(name, str) for name in native["also_train"])
         )
     except (KeyError, TypeError):
         sound = False
     if not sound:
         raise FileFormatError(f"{path}: it lacks what an adapter's record must have; was it edited by hand?")
+
+
+def _check_peft(path: Path, peft: Mapping[str, Any]) -> None:
+    for key, kinds in {"target_modules": (str, list), "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}.items():
+        if peft.get(key) is not None and not isinstance(peft[key], kinds):
+            raise FileFormatError(f"{path}: {key} = {peft[key]!r} is not what PEFT writes there")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in peft.get(key) or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise FileFormatError(f"{path}: {key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _elsewhere(root: Path) -> str:

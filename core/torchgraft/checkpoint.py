@@ -86,12 +86,14 @@ def locate(source: str | Path) -> Path:
         raise FileFormatError(f"{source}: no such file or directory")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ImportError:
         raise FileFormatError(f"{source}: no such file or directory; to use a hub id, install torchgraft[hf]") from None
     patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
+    except HFValidationError:
+        raise FileFormatError(f"{source}: no such file or directory") from None
     except LocalEntryNotFoundError:
         return _download(source, patterns)
 

@@ -182,7 +182,7 @@ def relative_name(checkpoint: Checkpoint, header: Header) -> Path:
 
 def _refuse_merged(checkpoint: Checkpoint, files: AdapterFiles) -> None:
     record = read_json(checkpoint.directory / RECORD, missing_ok=True)
-    if record.get("adapter", {}).get("sha256") == sha256(files.tensor_file):
+    if sha256(files.tensor_file) in [*record.get("earlier", []), record.get("adapter", {}).get("sha256")]:
         raise MergeError(f"{checkpoint.root}: this adapter is merged into it already ({RECORD}); use the base model")
 
 
@@ -251,12 +251,18 @@ def _record(
         "base": model,
         "adapter": {"path": str(files.directory), "method": merge.pairing.method.name, "sha256": sha256(files.tensor_file)},
         "sites": {paired.site.name: {"kind": paired.site.kind.name, "groups": paired.site.groups} for paired in merge.sites.values()},
+        "earlier": _earlier(checkpoint),
         "merged_tensors": sorted(merge.changed),
         "undo": undo,
         "original_tensors": {name: correction.digest for name, correction in corrections.items()},
         "original_files": {name: sha256(path) for name, path in everything.items()} if undo else {},
         "verified": f"up to {SAMPLED_ROWS} rows of each merged tensor against a float64 reference" if verified else "",
     }
+
+
+def _earlier(checkpoint: Checkpoint) -> list[str]:
+    record = read_json(checkpoint.directory / RECORD, missing_ok=True)
+    return [*record.get("earlier", []), record["adapter"]["sha256"]] if record else []
 
 
 def _verify(merge: Merge, directory: Path) -> None:
@@ -288,7 +294,8 @@ def _rows_agree(merge: Merge, paired: PairedSite, original: Tensor, written: Ten
         rows = slice(first, first + 1) if hooks.merges_rows else slice(None)
         expected = hooks.merge(paired.config, params, weight[rows], rows)
         rounding = torch.finfo(original.dtype).eps * expected.abs()
-        arithmetic = 16 * torch.finfo(torch.float32).eps * (expected.abs().amax() + weight[rows].abs().amax())
+        smallest = torch.finfo(original.dtype).smallest_normal * torch.finfo(original.dtype).eps
+        arithmetic = smallest + 16 * torch.finfo(torch.float32).eps * (expected.abs().amax() + weight[rows].abs().amax())
         if not ((found[rows] - expected).abs() <= rounding + arithmetic).all():
             return False
     return True

@@ -65,7 +65,9 @@ def _read_record(checkpoint: Checkpoint) -> dict[str, Any]:
     if not record.get("undo"):
         raise MergeError(f"{checkpoint.root}: it was merged with --no-undo, so the original bits are not in it; take the base model")
     maps = (record.get("original_tensors"), record.get("original_files"), record.get("sites"))
-    if not all(isinstance(value, dict) for value in maps):
+    weights = {relative_name(checkpoint, header).as_posix() for header in checkpoint.headers}
+    sound = all(isinstance(value, dict) for value in maps) and weights <= record["original_files"].keys()
+    if not sound or not all(isinstance(site, dict) and isinstance(site.get("kind"), str) for site in record["sites"].values()):
         raise FileFormatError(f"{path}: it lacks what a merge's record must have; was it edited by hand?")
     return record
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,13 +32,17 @@ class Correction:
 class Undo:
     """What is kept while a part is merged."""
 
-    corrections: dict[str, Correction]
-    snapshot: dict[str, Tensor]
-    """The adapter's own tensors as they were merged; for a trained copy, the original's tensors."""
     depth: int
     """How many adapters were merged into the module before."""
+    snapshot: dict[str, Tensor]
+    """The adapter's own tensors as they were merged."""
+    merged: dict[str, str]
+    """The digests of the module's tensors after the merge."""
+    corrections: dict[str, Correction] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """What a module that is trained whole had before."""
     fingerprint: str = ""
-    """Of the weight before this merge."""
+    """Of the weight before the merge."""
 
 
 def make_correction(original: Tensor, nearly: Tensor) -> Correction:

@@ -46,7 +46,7 @@ def init_factors(site: Site, config: LowRankConfig, generator: Generator) -> dic
 
     shapes = factor_shapes(site, config)
     if config.init == "pissa":
-        return _pissa(site, config)
+        return _without_padding(site, _pissa(site, config))
     a, b = torch.zeros(shapes["A"]), torch.zeros(shapes["B"])
     spread = config.sigma / sqrt(config.rank)
     if config.init == "kaiming":
@@ -63,7 +63,15 @@ def init_factors(site: Site, config: LowRankConfig, generator: Generator) -> dic
             "init both-gaussian: B·A is not 0, so the model's output changes before any training", TorchgraftWarning, stacklevel=2
         )
     dtype = dtypes.torch_dtype(config.dtype)
-    return {"A": a.to(dtype), "B": b.to(dtype)}
+    return _without_padding(site, {"A": a.to(dtype), "B": b.to(dtype)})
+
+
+def _without_padding(site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Zero the column of an Embedding's padding row. It gets no gradient, so the row stays as it is."""
+    if site.padding_idx is not None:
+        for name in tensors.keys() & {"A", "A0"}:
+            tensors[name][:, site.padding_idx] = 0
+    return tensors
 
 
 def _pissa(site: Site, config: LowRankConfig) -> dict[str, Tensor]:
@@ -112,7 +120,7 @@ class LowRankPeft:
             "init_lora_weights": True,
         }
 
-    def from_config(self, peft: Mapping[str, Any]) -> LowRankConfig | None:
+    def from_config(self, peft: Mapping[str, Any], site: Site | None = None) -> LowRankConfig | None:
         if peft.get("peft_type") != "LORA" or peft.get("use_dora"):
             return None
         if peft.get("bias", "none") != "none":
@@ -120,9 +128,12 @@ class LowRankPeft:
         for key, value in peft.items():
             if value and key not in self.IGNORED:
                 raise PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
+        rank, alpha, groups = peft.get("r", 8), float(peft.get("lora_alpha", 8)), site.groups if site is not None else 1
+        if rank % groups:
+            raise PairingError(f"{site.name if site else ''}: r = {rank} is no multiple of the layer's {groups} groups")
         return LowRankConfig(
-            rank=peft.get("r", 8),
-            alpha=float(peft.get("lora_alpha", 8)),
+            rank=rank // groups,
+            alpha=alpha / (sqrt(groups) if peft.get("use_rslora") else groups),
             dropout=float(peft.get("lora_dropout", 0.0)),
             scaling="alpha/sqrt(r)" if peft.get("use_rslora") else "alpha/r",
         )

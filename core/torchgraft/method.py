@@ -24,8 +24,8 @@ class PeftFormat(Protocol):
         PEFT has r and lora_alpha per site; all else it has once, so take that from `default`, the adapter's own config.
         """
 
-    def from_config(self, peft: Mapping[str, Any]) -> Config | None:
-        """The method's config for a PEFT config whose r and lora_alpha are one site's; None if it is another method's.
+    def from_config(self, peft: Mapping[str, Any], site: Site | None = None) -> Config | None:
+        """The method's config for a PEFT config whose r and lora_alpha are those of `site`; None if it is another method's.
 
         Raises:
             PairingError: the config asks for something that the method does not do.

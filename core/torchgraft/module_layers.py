@@ -69,18 +69,33 @@ def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tu
 
 
 def _tied(owners: dict[nn.Module, list[str]]) -> dict[nn.Module, tuple[str, ...]]:
-    """For each module whose weight another module also has, the names of those others."""
+    """For each module whose weight lies, in part or whole, in memory that another module's weight has, those others' names."""
     sharing: dict[int, list[nn.Module]] = defaultdict(list)
     for module in owners:
         weight = module._parameters.get("weight")
         if weight is not None:
-            sharing[_identity(weight)].append(module)
-    return {
-        module: tuple(owners[other][0] for other in modules if other is not module)
-        for modules in sharing.values()
-        if len(modules) > 1
-        for module in modules
-    }
+            sharing[id(weight) if weight.is_meta else weight.untyped_storage().data_ptr()].append(module)
+    found = {}
+    for modules in sharing.values():
+        for module in modules:
+            others = tuple(owners[other][0] for other in modules if other is not module and _overlap(module, other))
+            found[module] = others
+    return found
+
+
+def _overlap(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one._parameters["weight"], other._parameters["weight"]
+    assert first is not None
+    assert second is not None
+    if first is second:
+        return True
+    return bool(first.numel() and second.numel()) and first.data_ptr() < _end(second) and second.data_ptr() < _end(first)
+
+
+def _end(tensor: Tensor) -> int:
+    """The address after the tensor's last entry."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _identity(tensor: Tensor) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from torchgraft import fingerprint
 from torchgraft.errors import MergeError
-from torchgraft.exact import Undo, correct, make_correction
+from torchgraft.exact import BITS, Undo, correct, digest, make_correction
 from torchgraft.graft import Part, SitePart, TrainedCopy, parts_of
 from torchgraft.module_layers import own_state
 from torchgraft.weights import merged_weight, nearly_unmerged
@@ -22,23 +23,8 @@ def merge(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]]) -> No
     for name, (module, part) in parts.items():
         if part.undo is not None:
             raise MergeError(f"the adapter {adapter!r} is merged already ({name}); unmerge it first")
-        for layer in tied:
-            if tied[layer] and (layer == name or layer.startswith(f"{name}.")):
-                raise MergeError(
-                    f"{layer}: its weight is also that of {', '.join(tied[layer])}, so merging would change both. "
-                    "Give one of them a weight of its own, or leave the adapter unmerged"
-                )
-        if any(tensor.is_meta for tensor in module.parameters()):
-            raise MergeError(f"{name}: its weight is on the meta device and has no values to merge into")
-    done: list[tuple[str, nn.Module, Part]] = []
-    try:
-        for name, (module, part) in parts.items():
-            _merge_part(name, module, part)
-            done.append((name, module, part))
-    except BaseException:
-        for name, module, part in reversed(done):
-            _restore(name, module, part)
-        raise
+        _check_weights(name, module, tied)
+    _all_or_nothing(parts, _merge_part, _restore)
 
 
 def unmerge(adapter: str, parts: Parts, discard_edits: bool) -> None:
@@ -48,35 +34,81 @@ def unmerge(adapter: str, parts: Parts, discard_edits: bool) -> None:
             raise MergeError(f"the adapter {adapter!r} is not merged ({name})")
         if part.undo.depth != _merges_on(module) - 1:
             raise MergeError(f"{name}: another adapter was merged after {adapter!r}; unmerge that one first")
+        _check_unedited(name, module, part.undo)
     for name, (_, part) in parts.items():
-        _check_edits(name, part, discard_edits)
-    done: list[tuple[str, nn.Module, Part]] = []
+        _check_adapter(name, part, discard_edits)
+    _all_or_nothing(parts, _restore, _merge_part)  # merging again is the same arithmetic on the same bits
+
+
+def forget(module: nn.Module, undo: Undo) -> None:
+    """A merge on `module` is kept for good: those above it now lie one lower."""
+    for part in parts_of(module):
+        if part.undo is not None and part.undo.depth > undo.depth:
+            part.undo = replace(part.undo, depth=part.undo.depth - 1)
+
+
+def _all_or_nothing(parts: Parts, do: Callable[[str, nn.Module, Part], None], take_back: Callable[[str, nn.Module, Part], None]) -> None:
+    done: list[str] = []
     try:
         for name, (module, part) in parts.items():
-            _restore(name, module, part)
-            done.append((name, module, part))
+            do(name, module, part)
+            done.append(name)
     except BaseException:
-        for name, module, part in reversed(done):
-            _merge_part(name, module, part)  # the same arithmetic on the same bits
+        for name in reversed(done):
+            take_back(name, *parts[name])
         raise
 
 
+def _check_weights(name: str, module: nn.Module, tied: Mapping[str, tuple[str, ...]]) -> None:
+    for layer, others in tied.items():
+        if others and (layer == name or layer.startswith(f"{name}.")):
+            raise MergeError(
+                f"{layer}: its weight is also that of {', '.join(others)}, so merging would change both. "
+                "Give one of them a weight of its own, or leave the adapter unmerged"
+            )
+    for tensor in module.parameters():
+        if tensor.is_meta:
+            raise MergeError(f"{name}: its weight is on the meta device and has no values to merge into")
+        if tensor.is_inference():
+            raise MergeError(f"{name}: its weight was made in torch.inference_mode and cannot be written; load the model outside it")
+
+
 def _merge_part(name: str, module: nn.Module, part: Part) -> None:
-    depth = _merges_on(module)
-    if isinstance(part, TrainedCopy):
-        originals = own_state(module)
-        part.undo = Undo({}, {key: tensor.clone() for key, tensor in originals.items()}, depth)
-        _write(originals, part.module.state_dict())
-        return
-    assert isinstance(part, SitePart)
+    if isinstance(part, SitePart):
+        _merge_site(name, module, part)
+    elif isinstance(part, TrainedCopy):
+        _merge_copy(name, module, part)
+
+
+def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
     weight: Tensor = module.weight  # type: ignore[assignment]
-    original = weight.detach()
-    params = part.tensors()
+    original, params = weight.detach(), part.tensors()
     merged = merged_weight(part.hooks, name, part.site.kind, part.config, params, original)
     nearly = nearly_unmerged(part.hooks, part.site.kind, part.config, params, merged)
-    snapshot = {key: tensor.detach().clone() for key, tensor in params.items()}
-    part.undo = Undo({"weight": make_correction(original, nearly)}, snapshot, depth, fingerprint.of_tensor(original))
+    undo = Undo(
+        corrections={"weight": make_correction(original, nearly)},
+        snapshot=_snapshot(params),
+        merged={"weight": digest(merged)},
+        depth=_merges_on(module),
+        fingerprint=fingerprint.of_tensor(original),
+    )
     _write({"weight": weight}, {"weight": merged})
+    part.undo = undo
+
+
+def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
+    originals, trained = own_state(module), part.module.state_dict()
+    for key, tensor in trained.items():
+        if not tensor.isfinite().all():
+            raise MergeError(f"{name}: the trained {key} has NaN or infinite entries. Nothing was changed")
+    undo = Undo(
+        originals=_snapshot(originals),
+        snapshot=_snapshot(trained),
+        merged={key: digest(tensor.to(originals[key].dtype)) for key, tensor in trained.items()},
+        depth=_merges_on(module),
+    )
+    _write(originals, trained)
+    part.undo = undo
 
 
 def _restore(name: str, module: nn.Module, part: Part) -> None:
@@ -86,15 +118,21 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
         nearly = nearly_unmerged(part.hooks, part.site.kind, part.config, part.undo.snapshot, weight.detach())
         _write({"weight": weight}, {"weight": correct(nearly, part.undo.corrections["weight"], name)})
     else:
-        _write(own_state(module), part.undo.snapshot)
+        _write(own_state(module), part.undo.originals)
     part.undo = None
 
 
-def _check_edits(name: str, part: Part, discard_edits: bool) -> None:
-    if not isinstance(part, SitePart):
-        return
+def _check_unedited(name: str, module: nn.Module, undo: Undo) -> None:
+    """An edit could hide under the corrections, so the merged tensors are checked before anything is restored."""
+    state = own_state(module)
+    for key, expected in undo.merged.items():
+        if digest(state[key]) != expected:
+            raise MergeError(f"{name}: its {key} was changed since the merge, so unmerging would lose that. Nothing was changed")
+
+
+def _check_adapter(name: str, part: Part, discard_edits: bool) -> None:
     assert part.undo is not None
-    tensors = part.tensors()
+    tensors = part.tensors() if isinstance(part, SitePart) else part.module.state_dict() if isinstance(part, TrainedCopy) else {}
     changed = [key for key, merged in part.undo.snapshot.items() if not _same_bits(tensors[key].detach(), merged)]
     if changed and not discard_edits:
         raise MergeError(
@@ -104,8 +142,13 @@ def _check_edits(name: str, part: Part, discard_edits: bool) -> None:
     _write(tensors, {key: part.undo.snapshot[key] for key in changed})
 
 
+def _snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
 def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8))
+    bits = BITS[other.element_size()]
+    return one.dtype == other.dtype and one.view(bits).equal(other.view(bits))
 
 
 def _merges_on(module: nn.Module) -> int:

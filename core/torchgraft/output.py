@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         FileFormatError: `target` exists, or its parent cannot be written.
     """
     refuse_existing(target)
+    made = [path for path in target.absolute().parents if not path.exists()]
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.absolute().parent))
@@ -36,6 +37,9 @@ def new_directory(target: Path) -> Iterator[Path]:
         _sync(target.absolute().parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
         if isinstance(error, OSError):
             raise FileFormatError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
         raise

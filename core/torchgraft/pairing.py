@@ -171,9 +171,10 @@ def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors
     peft["r"] = peft_names.pattern_value(peft.get("rank_pattern") or {}, layer.name, peft.get("r", 8))
     peft["lora_alpha"] = peft_names.pattern_value(peft.get("alpha_pattern") or {}, layer.name, peft.get("lora_alpha", 8))
     assert pairing.method.peft is not None
-    config = pairing.method.peft.from_config(peft)
+    site = site_of(replace(layer, groups=_groups(layer, tensors, files)))
+    config = pairing.method.peft.from_config(peft, site)
     assert config is not None
-    pairing.sites.append(PairedSite(site_of(replace(layer, groups=_groups(layer, tensors, files))), config, {}))
+    pairing.sites.append(PairedSite(site, config, {}))
 
 
 def _groups(layer: Layer, tensors: list[str], files: AdapterFiles) -> int:

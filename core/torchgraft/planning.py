@@ -119,7 +119,9 @@ def site_params(layer: Layer, hooks: MethodHooks, config: Config) -> int:
 
 def site_of(layer: Layer, module: nn.Module | None = None, read: Callable[[], Any] | None = None) -> Site:
     assert layer.kind is not None, f"{layer.name} has no kind and cannot be a site"
-    return Site(layer.name, registry().kind(layer.kind), layer.shape, layer.dtype, layer.groups, module, read)
+    return Site(
+        layer.name, registry().kind(layer.kind), layer.shape, layer.dtype, layer.groups, getattr(module, "padding_idx", None), module, read
+    )
 
 
 def _contents(source: nn.Module | Checkpoint | str | Path, kinds: Mapping[str, str] | None) -> tuple[list[Layer], list[str]]:

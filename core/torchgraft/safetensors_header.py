@@ -95,7 +95,9 @@ def dump_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[
 
 def _parse(path: Path, body: bytes, data_start: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
-        document = json.loads(body, object_pairs_hook=_no_duplicates)
+        # Python's JSON is laxer than the format: other encodings, a byte order mark, lone surrogates, -0.
+        document = json.loads(body.decode(), object_pairs_hook=_no_duplicates, parse_int=lambda text: -1 if text == "-0" else int(text))
+        json.dumps(list(_strings(document)), ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not valid JSON ({error}): is it a safetensors file?") from error
     if not isinstance(document, dict):
@@ -104,6 +106,13 @@ def _parse(path: Path, body: bytes, data_start: int) -> tuple[dict[str, TensorEn
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "its __metadata__ is not a map of strings")
     return {name: _entry(path, name, value, data_start) for name, value in document.items()}, metadata
+
+
+def _strings(document: Any) -> Any:
+    if isinstance(document, dict):
+        yield from document
+        metadata = document.get("__metadata__")
+        yield from metadata.items() if isinstance(metadata, dict) else ()
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,6 +125,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         code, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(shape, list) or len(value) > 3:
+            raise TypeError
         whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         raise _broken(path, f"tensor {name!r} lacks a dtype, a shape or its two data_offsets") from None
@@ -124,10 +135,21 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     if not isinstance(code, str) or code not in dtypes.NAMES:
         raise _broken(path, f"tensor {name!r} has the dtype {code!r}, which is not known here")
     dtype = dtypes.NAMES[code]
+    if any(number >= 1 << 64 for number in shape) or _overflows(shape, dtypes.SIZES[dtype]):
+        raise _broken(path, f"tensor {name!r} has the shape {list(shape)}, whose size is beyond 64 bits")
     expected = prod(shape) * dtypes.SIZES[dtype]
     if end - begin != expected:
         raise _broken(path, f"tensor {name!r} takes {expected:,} bytes as {code} {list(shape)}, but its offsets span {end - begin:,}")
     return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _overflows(shape: list[int], width: int) -> bool:
+    size = 1
+    for number in [*shape, width]:
+        size *= number
+        if size >= 1 << 64:
+            return True
+    return False
 
 
 def _check_coverage(header: Header, data_start: int, size: int) -> None:

@@ -211,8 +211,9 @@ def _nothing_matches(pattern: Pattern, layers: Sequence[Layer], sites: list[Laye
     unfit = next((layer for layer in layers if layer.kind is None and pattern.matches(layer)), None)
     if unfit is not None:
         return f"{start} that can be adapted: {unfit.name} {unfit.reason or f'is a {unfit.role} layer of shape {list(unfit.shape)}'}"
-    if any(name.startswith(f"{body}.") for layer in sites for name in layer.names):
-        return f"{start}: it names a container; write '{body}.*' for what is in it"
+    if any(f".{body}." in f".{name}" for layer in sites for name in layer.names):
+        whole = any(name.startswith(f"{body}.") for layer in sites for name in layer.names)
+        return f"{start}: it names a container; write '{'' if whole else '*.'}{body}.*' for what is in it"
     return start + _near_pattern(body, sites)
 
 

@@ -25,6 +25,8 @@ class Site:
     dtype: str
     groups: int = 1
     """Of a grouped convolution."""
+    padding_idx: int | None = None
+    """Of an Embedding: the row that is not trained."""
     module: nn.Module | None = None
     read: Callable[[], Tensor] | None = None
 

@@ -21,7 +21,7 @@ def merged_weight(hooks: MethodHooks, name: str, kind: Kind, config: Any, params
         MergeError: an entry that was finite would become NaN or infinite.
     """
     merged = _through(hooks.merge, kind, config, params, stored)
-    if not merged.isfinite().all() and stored.isfinite().all():
+    if not (merged.isfinite() | ~stored.isfinite()).all():
         raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({_culprit(params, stored)}). Nothing was changed")
     return merged
 

@@ -1,0 +1,378 @@
+"""The commands: what they print, with and without --json, what they write, and how they behave as a process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import models
+from conftest import Result
+from torchgraft.config import LowRankConfig
+
+Adapt = Callable[..., Result]
+SCRIPT = Path(sys.executable).parent / "adapt"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    models.build("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    models.build("bert").save_pretrained(folder)
+    return folder
+
+
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor → shape, as the safetensors library sees it."""
+    with safe_open(folder / "model.safetensors", "pt") as opened:
+        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118  (it is no dict)
+
+
+def numel(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def lora_params(shapes: dict[str, tuple[int, ...]], expression: str, rank: int) -> int:
+    """Σ r·(d + k) over the weights whose names match."""
+    return sum(rank * sum(shape) for name, shape in shapes.items() if re.fullmatch(expression, name))
+
+
+def parsed(result: Result) -> Any:
+    """The one JSON document on stdout of a command that went well and had nothing to say on stderr."""
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith("\n")
+    return json.loads(result.out)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Three equal blocks, a fourth of another width, and no class that transformers knows."""
+    shapes = {"model.embed_tokens.weight": (10, 4), "model.norm.weight": (4,), "scale": (), "lm_head.weight": (10, 4)}
+    for block, width in enumerate((4, 4, 4, 6)):
+        shapes |= {f"model.layers.{block}.self_attn.{name}.weight": (size, 4) for name, size in (("q_proj", width), ("v_proj", 2))}
+        shapes |= {f"model.layers.{block}.self_attn.q_proj.bias": (width,), f"model.layers.{block}.input_layernorm.weight": (4,)}
+    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+TREE = """\
+module                    kind       shape   dtype     params  bytes    share
+(model)                   other      scalar  bfloat16       1    2 B   0.45 %
+lm_head                   Linear     10×4    bfloat16      40   80 B  17.94 %
+model                                                     182  364 B  81.61 %
+  embed_tokens            Embedding  10×4    bfloat16      40   80 B  17.94 %
+  layers                                                  138  276 B  61.88 %
+    0-2 ×3                                                 96  192 B  43.05 %
+      input_layernorm     norm       4       bfloat16       4    8 B   1.79 %
+      self_attn                                            28   56 B  12.56 %
+        q_proj            Linear     4×4     bfloat16      20   40 B   8.97 %
+        v_proj            Linear     2×4     bfloat16       8   16 B   3.59 %
+    3                                                      42   84 B  18.83 %
+      input_layernorm     norm       4       bfloat16       4    8 B   1.79 %
+      self_attn                                            38   76 B  17.04 %
+        q_proj            Linear     6×4     bfloat16      30   60 B  13.45 %
+        v_proj            Linear     2×4     bfloat16       8   16 B   3.59 %
+  norm                    norm       4       bfloat16       4    8 B   1.79 %
+
+16 modules, 223 parameters, 446 B
+"""
+# v_proj of a block: 1·(2 + 4) = 6 numbers, q_proj: 1·(4 + 4) = 8, in the last block 1·(6 + 4) = 10; dense 3·(16 + 8) + 24 + 8 = 104.
+SELECTED = """\
+module                    kind       shape   dtype     params  bytes    share  lora trains  of dense
+(model)                   other      scalar  bfloat16       1    2 B   0.45 %
+lm_head                   Linear     10×4    bfloat16      40   80 B  17.94 %
+model                                                     182  364 B  81.61 %           58   31.87 %
+  embed_tokens            Embedding  10×4    bfloat16      40   80 B  17.94 %
+  layers                                                  138  276 B  61.88 %           58   42.03 %
+    0-2 ×3                                                 96  192 B  43.05 %           42   43.75 %
+    3                                                      42   84 B  18.83 %           16   38.10 %
+  norm                    norm       4       bfloat16       4    8 B   1.79 %
+
+8 of 16 modules selected: @attention 8
+lora trains 58 numbers: 55.77 % of the 104 in the selected layers, 26.01 % of the model's 223
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], TREE), (["--target", "@attention", "--plugin", "lora", "-r", 1, "--depth", 3], SELECTED)]
+)
+def test_inspect_prints_the_folded_tree(adapt: Adapt, tiny: Path, options: list[object], expected: str) -> None:
+    result = adapt("inspect", tiny, *options)
+    assert (result.code, result.err) == (0, "")
+    assert "".join(f"{line.rstrip()}\n" for line in result.out.splitlines()) == expected
+
+
+def numbers(line: str) -> set[str]:
+    return set(re.findall(r"\d[\d.,]*", line))
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("options", [[], ["--target", "@attention", "-r", 1]])
+def test_narrow_terminal_shortens_no_number(
+    adapt: Adapt, tiny: Path, monkeypatch: pytest.MonkeyPatch, columns: int, options: list[object]
+) -> None:
+    wide = adapt("inspect", tiny, *options).out.splitlines()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    narrow = adapt("inspect", tiny, *options).out.splitlines()
+    assert max(map(len, narrow)) <= columns
+    for line, whole in zip(narrow[1:17], wide[1:17], strict=True):
+        params = re.findall(r"(\S+) +\d+ B ", whole)
+        assert set(params) <= numbers(line) <= numbers(whole), line
+
+
+def test_inspect_json_of_a_model(adapt: Adapt, bert: Path) -> None:
+    shapes = shapes_of(bert)
+    document = parsed(adapt("inspect", bert, "--json"))
+    assert document.keys() == {"total_params", "total_bytes", "modules"}
+    assert document["total_params"] == numel(shapes) == sum(module["params"] for module in document["modules"])
+    assert document["total_bytes"] == 4 * numel(shapes)
+    assert {module["name"] for module in document["modules"]} == {name.rpartition(".")[0] for name in shapes}
+    query = "bert.encoder.layer.1.attention.self.query"
+    found = next(module for module in document["modules"] if module["name"] == query)
+    expected = {"kind": "Linear", "role": "attention", "shape": [32, 32], "dtype": "float32", "params": 32 * 32 + 32}
+    assert found == {"name": query, **expected}
+
+
+def test_inspect_json_of_a_selection(adapt: Adapt, llama: Path) -> None:
+    shapes = shapes_of(llama)
+    options = ["--target", "*.{q,v}_proj", "--target", "@mlp", "--target", "!down_proj", "--layers", "1", "-r", 3]
+    document = parsed(adapt("inspect", llama, *options, "--plugin", "lora", "--json"))
+    trainable = lora_params(shapes, r".*\.1\..*(q_proj|v_proj|gate_proj|up_proj).weight", 3)
+    assert document["patterns"] == {"*.{q,v}_proj": 2, "@mlp": 3, "!down_proj": 1}
+    assert document["matched"] == len(document["sites"]) == 4
+    assert document["total_params"] == numel(shapes)
+    assert document["trainable_params"] == trainable
+    assert document["trainable_percent"] == pytest.approx(100 * trainable / numel(shapes))
+
+
+def test_overrides_settings_and_whole_modules_are_counted(adapt: Adapt, bert: Path) -> None:
+    shapes = shapes_of(bert)
+    options = ["--set", "rank=4", "--override", "value", "rank=2", "--override", "*.0.*.value", "rank=1", "--also-train", "classifier"]
+    document = parsed(adapt("inspect", bert, "--target", "query", "--target", "value", *options, "--json"))
+    query, value = (lora_params(shapes, rf".*{name}.weight", 1) for name in ("query", "value"))
+    assert document["also_train"] == ["classifier"]
+    assert document["trainable_params"] == 4 * query + 2 * value / 2 + 1 * value / 2 + numel({"w": (3, 32), "b": (3,)})
+
+
+def test_apply_writes_what_it_says(adapt: Adapt, bert: Path, tmp_path: Path) -> None:
+    options = ["--target", "query", "--layers", 1, "-r", 2, "--alpha", 6, "--also-train", "classifier", "--seed", 5]
+    command = ["apply", bert, "--plugin", "lora", *options]
+    document = parsed(adapt(*command, "-o", tmp_path / "a", "--json"))
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    site = f"{prefix}bert.encoder.layer.1.attention.self.query"
+    base = load_file(bert / "model.safetensors")
+    assert tensors.keys() == {f"{site}.lora_A.weight", f"{site}.lora_B.weight", *(f"{prefix}classifier.{x}" for x in ("weight", "bias"))}
+    assert (document["method"], document["output"], document["matched"]) == ("lora", str(tmp_path / "a"), 1)
+    assert document["trainable_params"] == sum(tensor.numel() for tensor in tensors.values()) == 2 * (32 + 32) + 3 * 32 + 3
+    assert tensors[f"{site}.lora_A.weight"].abs().amax() > 0
+    assert not tensors[f"{site}.lora_B.weight"].any()
+    assert tensors[f"{prefix}classifier.weight"].equal(base["classifier.weight"])
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (2, 6, ["classifier"])
+    for seed, same in ((5, True), (6, False)):
+        result = adapt(*command, "--seed", seed, "-o", tmp_path / f"seed{seed}")
+        assert (result.code, result.err, result.out.splitlines()[-1]) == (0, "", f"wrote {tmp_path / f'seed{seed}'}")
+        assert (hashes(tmp_path / f"seed{seed}") == hashes(tmp_path / "a")) == same
+
+
+def test_dry_run_writes_nothing(adapt: Adapt, llama: Path, tmp_path: Path) -> None:
+    adapter, out = tmp_path / "a", tmp_path / "new" / "out"
+    apply = ["apply", llama, "--plugin", "lora", "--target", "q_proj"]
+    assert adapt(*apply, "-o", adapter).code == 0
+    before = [sorted(tmp_path.rglob("*")), hashes(llama)]
+    for command, key in (([*apply, "-o", out], "trainable_params"), (["merge", llama, adapter, "-o", out], "merged_tensors")):
+        document = parsed(adapt(*command, "--dry-run", "--json"))
+        assert document["output"] is None
+        assert document[key] == {"trainable_params": 2 * 8 * 64, "merged_tensors": 2}[key]
+        assert f"{out}" in adapt(*command, "--dry-run").out
+    assert [sorted(tmp_path.rglob("*")), hashes(llama)] == before
+
+
+def test_check_merge_and_unmerge(adapt: Adapt, llama: Path, bert: Path, tmp_path: Path) -> None:
+    adapter, out, back = tmp_path / "a", tmp_path / "out", tmp_path / "back"
+    assert adapt("apply", llama, "--plugin", "lora", "--target", "{q,v}_proj", "--set", "init=swapped", "-o", adapter).code == 0
+    assert parsed(adapt("check", llama, adapter, "--json")) == {"ok": True, "problems": []}
+    assert adapt("check", llama, adapter).out == f"{adapter} fits {llama}\n"
+    wrong = adapt("check", bert, adapter, "--json")
+    assert (wrong.code, wrong.err) == (2, "")
+    problems = json.loads(wrong.out)["problems"]
+    assert {f"model.layers.{block}.self_attn.{x}_proj" for block in (0, 1) for x in "qv"} <= {problem.split(":")[0] for problem in problems}
+    assert adapt("check", bert, adapter) == Result(2, "".join(f"problem: {problem}\n" for problem in problems), "")
+    merged = parsed(adapt("merge", llama, adapter, "-o", out, "--json"))
+    assert (merged["output"], merged["merged_tensors"], merged["copied_tensors"]) == (str(out), 4, len(shapes_of(llama)) - 4)
+    assert (merged["verified"], merged["left_out"]) == (True, [])
+    assert merged["total_bytes"] == (llama / "model.safetensors").stat().st_size
+    restored = parsed(adapt("unmerge", out, "-o", back, "--json"))
+    assert (restored["output"], restored["restored_tensors"], restored["files"]) == (str(back), 4, len(hashes(llama)))
+    assert hashes(back) == hashes(llama)
+
+
+def test_merge_and_unmerge_as_text(adapt: Adapt, llama: Path, tmp_path: Path) -> None:
+    assert adapt("apply", llama, "--plugin", "lora", "-o", tmp_path / "a").code == 0
+    for options, says in (
+        ([], ["14 tensors merged", "verified:", "undo record"]),
+        (["--no-verify", "--no-undo"], ["not verified", "--no-undo"]),
+    ):
+        out = tmp_path / f"out{len(options)}"
+        result = adapt("merge", llama, tmp_path / "a", "-o", out, *options)
+        assert (result.code, result.err) == (0, "")
+        assert [word for word in [f"wrote {out}", *says] if word not in result.out] == []
+    result = adapt("unmerge", tmp_path / "out0", "-o", tmp_path / "back")
+    assert result.out == f"wrote {tmp_path / 'back'}: 14 tensors restored, 7 copied\nthe sha256 of all 3 files is that of the original\n"
+
+
+def test_plugins_list(adapt: Adapt) -> None:
+    found = {entry["name"]: entry for entry in parsed(adapt("plugins", "list", "--json"))}
+    installed = [point for point in entry_points(group="torchgraft") if point.dist and point.dist.name == "torchgraft"]
+    assert "lora" in found
+    for point in installed:
+        expected = {"distribution": "torchgraft", "version": version("torchgraft"), "entry_point": point.value, "error": None}
+        assert found[point.name] == {"name": point.name, **expected}
+        assert point.name in adapt("plugins", "list").out
+
+
+def test_plugins_show(adapt: Adapt) -> None:
+    document = parsed(adapt("plugins", "show", "lora", "--json"))
+    defaults = LowRankConfig().model_dump()
+    assert (document["name"], document["distribution"], document["kinds"]) == ("lora", "torchgraft", None)
+    assert {option["name"]: option["default"] for option in document["options"]} == defaults
+    text = adapt("plugins", "show", "lora").out
+    for option in document["options"]:
+        assert option["help"]
+        assert option["values"]
+        assert re.search(rf"^{option['name']} +{re.escape(str(option['default']))} ", text, re.MULTILINE)
+
+
+def process(*command: object, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, timeout=60, **more)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["merge", "--help"], ["inspect", "X"], ["inspect", "X", "--target", "q_proj", "--plugin", "lora"], ["plugins", "list"]],
+)
+def test_torch_is_not_imported_by(llama: Path, arguments: list[str]) -> None:
+    code = """import sys
+from torchgraft_cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    print(sorted({"torch", "numpy", "transformers"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = process(sys.executable, "-c", code, *(str(llama) if word == "X" else word for word in arguments))
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert len(done.stdout) > 100
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, torchgraft; before = 'torch' in sys.modules; torchgraft.apply; print(before, 'torch' in sys.modules)"
+    assert process(sys.executable, "-c", code).stdout == "False True\n"
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "X"], ["inspect", "X", "--json"], ["plugins", "show", "lora"], ["--help"]])
+def test_reader_that_went_away_is_no_error(llama: Path, arguments: list[str]) -> None:
+    """As in `adapt inspect X | head -1`; exit code 1 would say that adapt has a bug."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [str(SCRIPT), *(str(llama) if word == "X" else word for word in arguments)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (0, -signal.SIGPIPE)
+
+
+def test_terminal_that_cannot_show_a_character_is_no_error(tiny: Path) -> None:
+    for arguments in (["inspect", tiny], ["inspect", tiny, "--json"], ["plugins", "show", "lora"]):
+        done = process(SCRIPT, *arguments, env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_rank_beyond_the_layer_is_one_warning_and_no_error(tiny: Path, more: list[str]) -> None:
+    """As a process, for what Python itself does with warnings is part of it."""
+    done = process(SCRIPT, "inspect", tiny, "--target", "v_proj", "-r", 4, *more)
+    assert done.returncode == 0
+    assert re.fullmatch(r"warning: model.layers.0.self_attn.v_proj and 3 more: rank 4 is more than min\(out, in\) = 2: .*\n", done.stderr)
+    assert not more or json.loads(done.stdout)["trainable_params"] == 4 * 4 * (2 + 4)
+
+
+def test_errors_of_a_process(tiny: Path) -> None:
+    for command, says in ((["inspect", "nowhere"], "nowhere: no such file"), (["inspect", tiny, "-r", "0"], "rank = 0"), (["x"], "'x'")):
+        done = process(SCRIPT, *command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(f"error: .*{says}.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_colors_only_where_they_are_wanted(tiny: Path, plain: bool) -> None:
+    main, side = os.openpty()
+    env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([SCRIPT, "inspect", tiny], stdout=side, env=env | ({"NO_COLOR": "1"} if plain else {})) as running:
+        os.close(side)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+            while data := os.read(main, 4096):
+                shown += data
+    os.close(main)
+    assert running.returncode == 0
+    assert b"embed_tokens" in shown
+    assert bool(re.search(rb"\x1b\[[\d;]*3\d", shown)) is not plain
+
+
+def test_bare_command_shows_its_help(adapt: Adapt) -> None:
+    for command in ([], ["plugins"]):
+        result = adapt(*command)
+        assert "Commands:" in result.out + result.err
+        assert "error:" not in result.out + result.err
+
+
+@pytest.mark.parametrize("message", ["boom", "CUDA error\nat frame #0\nat frame #1"])
+def test_a_bug_is_one_line_and_its_traceback_on_request(adapt: Adapt, tiny: Path, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("torchgraft.planning.plan", broken)
+    short, long = adapt("inspect", tiny), adapt("--debug", "inspect", tiny)
+    assert (short.code, short.out, long.code, long.out) == (1, "", 1, "")
+    assert re.fullmatch(r"error: .*RuntimeError: (boom|CUDA error).*--debug.*\n", short.err)
+    assert "Traceback (most recent call last)" in long.err
+    assert "in broken" in long.err
+
+
+def test_interrupted_command_says_so(adapt: Adapt, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torchgraft.planning.plan", interrupt)
+    result = adapt("inspect", tiny)
+    assert (result.code, result.out, result.err.strip()) == (130, "", "error: interrupted; nothing was left behind")
+
+
+def test_version(adapt: Adapt) -> None:
+    assert adapt("--version") == Result(0, f"adapt, version {version('torchgraft')}\n", "")

@@ -1,0 +1,397 @@
+"""An adapter that does not fit its base is refused, with the layer's name and the reason, and nothing is changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import models
+import torchgraft as tg
+
+SITE = "model.layers.1.self_attn.q_proj"
+A, B = f"base_model.model.{SITE}.lora_A.weight", f"base_model.model.{SITE}.lora_B.weight"
+HEAD = "base_model.model.lm_head.weight"
+FORMS = ["ours", "peft"]
+
+Adapt = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    models.build("llama").save_pretrained(directory)
+    return directory
+
+
+def llama(seed: int = 0) -> nn.Module:
+    """Partly frozen, so that it shows if a failed load leaves all frozen or all trainable."""
+    model = models.build("llama", seed)
+    model.get_submodule("model.layers.0.mlp").requires_grad_(False)
+    return model
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """An adapter on `base`, with our record beside PEFT's files or, if the test asks for "peft", without."""
+    made = tg.apply(llama(), "lora", ["q_proj", "down_proj"], rank=3, also_train=["lm_head"])
+    models.perturb_(made.parameters())
+    made.save(tmp_path / "adapter")
+    if getattr(request, "param", "ours") == "peft":
+        (tmp_path / "adapter" / "torchgraft.json").unlink()
+    return tmp_path / "adapter"
+
+
+both_forms = pytest.mark.parametrize("adapter", FORMS, indirect=True)
+as_peft_wrote_it = pytest.mark.parametrize("adapter", ["peft"], indirect=True)
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    if path.exists():
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+
+
+def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    """As if the adapter had been saved so: the record's hash is that of the new file."""
+    tensors = load_file(directory / "adapter_model.safetensors")
+    change(tensors)
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    (directory / "adapter_model.safetensors").write_bytes(data)
+    file = {"file": "adapter_model.safetensors", "sha256": hashlib.sha256(data).hexdigest()}
+    edit_json(directory / "torchgraft.json", tensors=file)
+
+
+def rename(directory: Path, old: str, new: str) -> None:
+    """In the tensors and in both JSON files."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    for name in ("adapter_config.json", "torchgraft.json"):
+        if (directory / name).exists():
+            (directory / name).write_text((directory / name).read_text().replace(old, new))
+    edit_tensors(directory, change)
+
+
+def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: change(tensors[name])}))
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    return lambda directory: edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in names])
+
+
+def add(name: str, *shape: int) -> Callable[[Path], None]:
+    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: torch.ones(shape)}))
+
+
+def claim_rank_5(directory: Path) -> None:
+    edit_json(directory / "adapter_config.json", r=5)
+    if (directory / "torchgraft.json").exists():
+        config = json.loads((directory / "torchgraft.json").read_bytes())["config"]
+        edit_json(directory / "torchgraft.json", config=config | {"rank": 5})
+
+
+class Damage(NamedTuple):
+    do: Callable[[Path], None]
+    says: str  # what one of the problems must say
+
+
+DAMAGES = {
+    "a tensor is missing": Damage(drop(A), rf"{re.escape(A)}' is missing"),
+    "a site's tensors are missing": Damage(drop(A, B), rf"{SITE}.*(is missing|no tensor)"),
+    "a tensor is left over": Damage(add(f"base_model.model.{SITE}.lora_C.weight", 3), rf"{SITE}: .*lora_C\.weight has no use"),
+    "a site is unknown": Damage(
+        lambda d: rename(d, "layers.1.self_attn.q_proj", "layers.1.self_attn.q_porj"),
+        r"model\.layers\.1\.self_attn\.q_porj: the base has no such layer; near names: .*q_proj",
+    ),
+    "a site is no layer of weights": Damage(add("base_model.model.model.norm.lora_A.weight", 3, 32), r"model\.norm: .*"),
+    "A is too narrow": Damage(put(A, lambda a: a[:, 1:]), rf"{re.escape(A)}' has the shape \[3, 31\], expected \[3, 32\]"),
+    "B has another rank": Damage(put(B, lambda b: b[:, :2]), rf"{re.escape(B)}' has the shape \[32, 2\], expected \[32, 3\]"),
+    "A is a vector": Damage(put(A, lambda a: a.flatten()), rf"{re.escape(A)}' has the shape \[96\], expected \[3, 32\]"),
+    "A was saved by ZeRO-3": Damage(put(A, lambda a: a.new_empty(0)), rf"{re.escape(A)}' is empty.*ZeRO-3.*save it gathered"),
+    "a whole module is missing": Damage(drop(HEAD), r"lm_head"),
+    "a whole module has another shape": Damage(put(HEAD, lambda w: w[:5]), r"lm_head\.weight' has the shape \[5, 32\]"),
+    "a whole module is unknown": Damage(lambda d: rename(d, "lm_head", "lm_haed"), r"lm_haed: the base has no such module; near.*lm_head"),
+    "the config has another rank": Damage(claim_rank_5, rf"{re.escape(A)}' has the shape \[3, 32\], expected \[5, 32\]"),
+    "names have no prefix": Damage(lambda d: rename(d, "base_model.model.", ""), rf"'(base_model\.model\.)?{SITE}\.lora_A\.weight'"),
+}
+NOT_FINITE = {
+    "NaN": Damage(put(A, lambda a: a.index_fill(0, torch.tensor(1), torch.nan)), rf"{SITE}: .*NaN or infinite"),
+    "infinite": Damage(put(B, lambda b: b.index_fill(1, torch.tensor(1), -torch.inf)), rf"{SITE}: .*NaN or infinite"),
+    "NaN in a whole module": Damage(put(HEAD, lambda w: w.index_fill(0, torch.tensor(9), torch.nan)), r"lm_head.*NaN or infinite"),
+}
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """All that a failed load could have changed."""
+    return [
+        {name: (tensor.dtype, tensor.flatten().view(torch.uint8).numpy().tobytes()) for name, tensor in model.state_dict().items()},
+        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
+        [(name, type(module), module.training, set(module.__dict__)) for name, module in model.named_modules()],
+        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        list(tg.adapters(model)),
+    ]
+
+
+def refused_by_load(model: nn.Module, directory: Path, error: type[tg.TorchgraftError] = tg.PairingError) -> Any:
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        tg.load(model, directory)
+    assert snapshot(model) == before
+    return caught.value
+
+
+def refused_by_command(adapt: Adapt, base: Path, directory: Path) -> list[str]:
+    """The problems that check lists; merge must stop at the first of them and leave nothing behind."""
+    check, document = adapt("check", base, directory), adapt("check", base, directory, "--json")
+    assert (check.code, document.code) == (2, 2), check.err
+    problems = json.loads(document.out)["problems"] if document.out else [check.err.removeprefix("error: ").strip()]
+    if document.out:
+        assert json.loads(document.out) == {"ok": False, "problems": problems}
+        assert check.out == "".join(f"problem: {problem}\n" for problem in problems)
+    assert problems[0] in refused_by_merge(adapt, base, directory)
+    return problems
+
+
+def refused_by_merge(adapt: Adapt, base: Path, directory: Path) -> str:
+    before = set(directory.parent.iterdir())
+    merge = adapt("merge", base, directory, "-o", directory.parent / "merged")
+    assert merge.code == 2, merge.err
+    assert re.fullmatch(r"error: [^\n]+\n", merge.err)
+    assert set(directory.parent.iterdir()) == before
+    return str(merge.err)
+
+
+def found(says: str, problems: tuple[str, ...] | list[str]) -> bool:
+    return any(re.search(says, problem) for problem in problems)
+
+
+def assert_refused(says: str, directory: Path, base: Path, adapt: Adapt, error: type[tg.TorchgraftError] = tg.PairingError) -> None:
+    """By load, check and merge, each with that reason."""
+    raised = refused_by_load(llama(), directory, error)
+    problems = raised.problems if isinstance(raised, tg.PairingError) else [str(raised)]
+    assert found(says, problems), problems
+    listed = refused_by_command(adapt, base, directory)
+    assert found(says, listed), listed
+
+
+@both_forms
+def test_the_undamaged_adapter_fits(adapter: Path, base: Path, adapt: Adapt) -> None:
+    assert len(tg.load(llama(), adapter).sites) == 4
+    assert json.loads(adapt("check", base, adapter, "--json").out) == {"ok": True, "problems": []}
+    assert adapt("merge", base, adapter, "-o", adapter.parent / "merged").code == 0
+
+
+@both_forms
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_adapter_is_refused(damage: Damage, adapter: Path, base: Path, adapt: Adapt) -> None:
+    damage.do(adapter)
+    assert_refused(damage.says, adapter, base, adapt)
+
+
+@both_forms
+@pytest.mark.parametrize("damage", NOT_FINITE.values(), ids=NOT_FINITE)
+def test_an_adapter_that_diverged_is_neither_loaded_nor_merged(damage: Damage, adapter: Path, base: Path, adapt: Adapt) -> None:
+    damage.do(adapter)
+    assert found(damage.says, [str(refused_by_load(llama(), adapter))])
+    assert found(damage.says, [refused_by_merge(adapt, base, adapter)])
+
+
+def test_every_problem_is_listed(adapter: Path) -> None:
+    drop(A, HEAD)(adapter)
+    error = refused_by_load(llama(), adapter)
+    assert len(error.problems) == 2
+    assert found(re.escape(A), error.problems)
+    assert found(re.escape(HEAD), error.problems)
+    assert str(error) == f"{adapter} does not fit LlamaForCausalLM: {error.problems[0]} (and 1 more: 'adapt check' lists them)"
+
+
+@pytest.mark.parametrize("damage", [*NOT_FINITE.values(), DAMAGES["a tensor is missing"]], ids=[*NOT_FINITE, "missing"])
+def test_a_failed_load_leaves_other_adapters_alone(damage: Damage, adapter: Path) -> None:
+    model = llama()
+    other = tg.apply(model, "lora", ["k_proj", "down_proj"], rank=2, name="other")
+    models.perturb_(other.parameters())
+    damage.do(adapter)
+    refused_by_load(model, adapter)
+    assert list(tg.adapters(model)) == ["other"]
+
+
+def test_a_second_adapter_of_the_same_name_is_refused(adapter: Path) -> None:
+    model = llama()
+    tg.load(model, adapter)
+    assert re.search(r"'default'.*choose another name", str(refused_by_load(model, adapter, tg.AttachError)))
+
+
+def test_another_model_of_the_same_shapes_is_refused(adapter: Path, tmp_path: Path, adapt: Adapt) -> None:
+    other = llama(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    says = rf"{SITE}: the base's weight is not the one that the adapter was made for: another model"
+    error = refused_by_load(other, adapter)
+    assert found(says, error.problems)
+    assert found(says, refused_by_command(adapt, tmp_path / "other", adapter))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_same_model_in_another_dtype_is_accepted(dtype: torch.dtype, adapter: Path, base: Path, tmp_path: Path, adapt: Adapt) -> None:
+    model = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
+    assert model.lm_head.weight.dtype == dtype
+    model.save_pretrained(tmp_path / "other")
+    assert adapt("check", tmp_path / "other", adapter).code == 0
+    tg.load(model, adapter).save(tmp_path / "again")
+    tg.load(llama(), tmp_path / "again")  # and the other way: made on that dtype, for the float32 original
+    assert adapt("check", base, tmp_path / "again").code == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_was_merged_into_is_refused(dtype: torch.dtype, tmp_path: Path, adapt: Adapt) -> None:
+    model = llama().to(dtype)
+    model.save_pretrained(tmp_path / "base")
+    one = tg.apply(model, "lora", ["q_proj", "down_proj"], rank=3)
+    models.perturb_(one.parameters())
+    one.save(tmp_path / "one")
+    one.merge()
+    says = rf"{SITE}: .*merged into"
+    error = refused_by_load(model, tmp_path / "one")
+    assert found(says, error.problems)
+    assert one.merged
+    assert adapt("merge", tmp_path / "base", tmp_path / "one", "-o", tmp_path / "out").code == 0
+    assert found(says, json.loads(adapt("check", tmp_path / "out", tmp_path / "one", "--json").out)["problems"])
+    assert "merged into it already" in refused_by_merge(adapt, tmp_path / "out", tmp_path / "one")
+    one.unmerge()
+    tg.load(model, tmp_path / "one", name="two")
+
+
+def holding(layer: nn.Module) -> nn.Module:
+    model = nn.Module()
+    model.h = nn.ModuleList([nn.ModuleDict({"c_proj": layer})])
+    return model
+
+
+def test_a_square_layer_of_another_kind_is_refused(tmp_path: Path, adapt: Adapt) -> None:
+    """The weights, and so the fingerprints, are the same; only their orientation is not."""
+    transposed, linear = holding(Conv1D(8, 8)), holding(nn.Linear(8, 8))
+    linear.load_state_dict(transposed.state_dict())
+    tg.apply(transposed, "lora", ["c_proj"], rank=2).save(tmp_path / "adapter")
+    says = r"h\.0\.c_proj: the adapter was made for a Conv1D, the base has a Linear there"
+    assert found(says, [str(refused_by_load(linear, tmp_path / "adapter"))])
+    for model_type in ("gpt2", "gpt_neo"):
+        (tmp_path / model_type).mkdir()
+        save_file(linear.state_dict(), tmp_path / model_type / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / model_type / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert found(says, refused_by_command(adapt, tmp_path / "gpt_neo", tmp_path / "adapter"))
+    assert adapt("check", tmp_path / "gpt2", tmp_path / "adapter").code == 0
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "bias": "all",
+    "lora_bias": True,
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "trainable_token_indices": [1, 2],
+    "layer_replication": [[0, 2], [1, 2]],
+    "alora_invocation_tokens": [5, 6],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "a_key_of_the_future": True,
+    "peft_type": "IA3",
+    "init_lora_weights": "pissa",  # PEFT then loads it onto a base that it changes first
+}
+
+
+@as_peft_wrote_it
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_what_peft_can_do_and_we_cannot_is_refused(key: str, adapter: Path, base: Path, adapt: Adapt) -> None:
+    edit_json(adapter / "adapter_config.json", **{key: UNSUPPORTED[key]})
+    assert_refused(f"{key}.*{re.escape(str(UNSUPPORTED[key]))}", adapter, base, adapt)
+
+
+@as_peft_wrote_it
+def test_dora_without_its_plugin_is_refused(adapter: Path, base: Path, adapt: Adapt, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = tg.Registry([point for point in entry_points(group="torchgraft") if point.name == "lora"])
+    monkeypatch.setattr("torchgraft.pairing.registry", lambda: alone)
+    edit_json(adapter / "adapter_config.json", use_dora=True)
+    assert_refused("no installed method reads PEFT's peft_type 'LORA' with use_dora; see 'adapt plugins list'", adapter, base, adapt)
+
+
+MALFORMED: dict[str, Any] = {
+    "r": "8",
+    "lora_alpha": [16],
+    "rank_pattern": {"q_proj": 0},
+    "alpha_pattern": {"q_proj": "much"},
+    "target_modules": "q_proj(",
+    "exclude_modules": "*",
+}
+
+
+@as_peft_wrote_it
+@pytest.mark.parametrize("values", [{key: value} for key, value in MALFORMED.items()] + [{"rank_pattern": {"q_proj(": 4}}], ids=str)
+def test_a_malformed_peft_config_is_refused(values: dict[str, Any], adapter: Path, base: Path, adapt: Adapt) -> None:
+    edit_json(adapter / "adapter_config.json", **values)
+    assert_refused(r"adapter_config\.json", adapter, base, adapt)
+
+
+@as_peft_wrote_it
+def test_a_layer_that_the_config_targets_needs_tensors(adapter: Path, base: Path, adapt: Adapt) -> None:
+    edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "down_proj", "layers.1.self_attn.v_proj"])
+    says = r"model\.layers\.1\.self_attn\.v_proj: the adapter's target_modules name this layer, and there is no tensor for it"
+    problems = refused_by_command(adapt, base, adapter)
+    assert [bool(re.search(says, problem)) for problem in problems] == [True]
+    assert found(says, [str(refused_by_load(llama(), adapter))])
+
+
+def into_a_subfolder(directory: Path) -> None:
+    files = list(directory.iterdir())
+    (directory / "french").mkdir()
+    for file in files:
+        file.rename(directory / "french" / file.name)
+
+
+def change_a_byte(directory: Path) -> None:
+    file = directory / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+
+
+def leave_only(*names: str) -> Callable[[Path], None]:
+    return lambda directory: [path.unlink() for path in directory.iterdir() if path.name not in names] and None
+
+
+FILES = {
+    "another file beside the record": Damage(change_a_byte, r"adapter_model\.safetensors: .*hashes differ.*remove torchgraft\.json"),
+    "no tensors": Damage(leave_only("torchgraft.json", "adapter_config.json"), r"adapter_model\.safetensors is missing"),
+    "nothing": Damage(leave_only(), r"no adapter_config\.json in it, so it is no adapter directory$"),
+    "only tensors": Damage(leave_only("adapter_model.safetensors"), r"no adapter_config\.json"),
+    "an adapter in a subfolder": Damage(into_a_subfolder, r"there are adapters in it: french"),
+    "a record of the future": Damage(lambda d: edit_json(d / "torchgraft.json", format=99), r"format 99.*upgrade"),
+    "a record without sites": Damage(lambda d: edit_json(d / "torchgraft.json", sites=None), r"torchgraft\.json: it lacks"),
+    "a record that is no JSON": Damage(lambda d: (d / "torchgraft.json").write_text("{") and None, r"json: not readable as JSON"),
+    "no directory": Damage(lambda d: d.rename(d.with_name("elsewhere")) and None, r"no such directory"),
+}
+
+
+@pytest.mark.parametrize("damage", FILES.values(), ids=FILES)
+def test_what_is_no_sound_adapter_directory_is_refused(damage: Damage, adapter: Path, base: Path, adapt: Adapt) -> None:
+    damage.do(adapter)
+    assert_refused(damage.says, adapter, base, adapt, tg.FileFormatError)
+
+
+def test_a_model_in_the_adapter_s_place_and_the_reverse_are_refused(adapter: Path, base: Path, adapt: Adapt) -> None:
+    assert "so it is no adapter directory" in str(refused_by_load(llama(), base, tg.FileFormatError))
+    assert re.search(r"adapter directory.*base model is needed", adapt("check", adapter, adapter).err)
+    assert "give the adapter's directory" in str(refused_by_load(llama(), adapter / "adapter_model.safetensors", tg.FileFormatError))
+
+
+def test_a_method_that_is_not_installed_is_named(adapter: Path, base: Path, adapt: Adapt) -> None:
+    edit_json(adapter / "torchgraft.json", method={"name": "lorra", "distribution": "someones", "version": "1"})
+    assert_refused(r"no plugin 'lorra'.*lora", adapter, base, adapt, tg.PluginError)
