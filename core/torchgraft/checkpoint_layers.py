@@ -8,6 +8,7 @@ the layer gets no kind: the orientation is never guessed.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +16,13 @@ from fnmatch import fnmatchcase
 
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.dtypes import ADAPTABLE, SIZES
+from torchgraft.errors import SelectionError
+from torchgraft.kinds import Kind
 from torchgraft.layers import Layer
+from torchgraft.manager import registry
 from torchgraft.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
 from torchgraft.safetensors_header import TensorEntry
-from torchgraft.selection import name_matcher
+from torchgraft.selection import name_matcher, near
 
 CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -30,14 +34,17 @@ LINEAR_LEAVES = (
 ) - CONV1D_LEAVES
 CONV_LEAVES = frozenset(["conv", "conv1", "conv2", "patch_embedding", "projection"])
 
-INPUT_EMBEDDINGS = frozenset(["embed_tokens", "word_embeddings", "wte", "embed_in", "shared", "tokens_embed"])
+INPUT_EMBEDDINGS = frozenset("embed_tokens word_embeddings wte embed_in shared tokens_embed tok_embeddings embeddings w".split())
+HAS_HEAD = re.compile(r"(LM|LMHeadModel|PreTraining|ConditionalGeneration|MTModel)$")
+"""Ends of the names of model classes whose output head can be the input embedding."""
 
+SCALED = "bart mbart plbart m2m_100 nllb-moe bigbird_pegasus pegasus pegasus_x marian blenderbot blenderbot-small led mvp".split()
 OWN_FORWARD = (
-    ("whisper", "*.embed_positions"),
-    ("bart", "*.embed_*"),
-    ("mbart", "*.embed_*"),
+    ("whisper", "*decoder.embed_positions"),
+    *((model, pattern) for model in SCALED for pattern in ("*shared", "*.embed_*")),
     ("opt", "*.embed_positions"),
     ("gemma*", "*embed_tokens"),
+    *((model, "*embed_tokens") for model in ("biogpt", "xglm", "vaultgemma", "t5gemma*", "minicpm3")),
 )
 """(model_type, layer): embeddings that scale or shift what they look up, so that a change of the weight is not added as it is."""
 
@@ -76,6 +83,7 @@ def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> La
         params=sum(entry.numel for entry in tensors.values()),
         bytes=sum(entry.numel * SIZES[entry.dtype] for entry in tensors.values()),
         reason=reason,
+        has_weight="weight" in tensors,
     )
 
 
@@ -90,6 +98,8 @@ def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> tup
     if "experts" in segments or leaf in ("gate", "router"):
         return None, "belongs to a mixture of experts, whose weights the model may hold in another form"
     unknown = None, UNKNOWN.format(name=name)
+    if leaf not in CONV1D_LEAVES and _outputs(tensors) not in (None, shape[0]):
+        return unknown  # the bias contradicts what the name says
     if len(shape) > 2:
         is_conv = leaf in CONV_LEAVES or (leaf == "proj" and any("patch_embed" in segment for segment in segments))
         return (f"Conv{len(shape) - 2}d", "") if is_conv and len(shape) <= 5 else unknown
@@ -121,10 +131,10 @@ def _outputs(tensors: Mapping[str, TensorEntry]) -> int | None:
 
 def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
     """Mark the input embedding if the model's output head is this same weight: the head need not be in the files then."""
+    said = checkpoint.config.get("tie_word_embeddings")
     architectures = checkpoint.config.get("architectures") or []
-    if not any(word in str(name) for name in architectures for word in ("LM", "PreTraining", "ConditionalGeneration")):
+    if said is False or not any(HAS_HEAD.search(str(name)) for name in architectures):
         return layers
-    said = checkpoint.config.get("tie_word_embeddings") is True
     heads = {layer.shape for layer in layers if layer.role == "head"}
     return [
         replace(layer, tied=("the output head",)) if _is_input(layer) and (said or layer.shape not in heads) else layer for layer in layers
@@ -132,11 +142,24 @@ def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
 
 
 def _is_input(layer: Layer) -> bool:
-    return layer.kind == "Embedding" and layer.name.rpartition(".")[2] in INPUT_EMBEDDINGS
+    return len(layer.shape) == 2 and layer.name.rpartition(".")[2] in INPUT_EMBEDDINGS
 
 
 def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:
-    for pattern, kind in kinds.items():
-        matches = name_matcher(pattern)
-        layers = [replace(layer, kind=kind, reason="") if matches(layer.name) and len(layer.shape) > 1 else layer for layer in layers]
+    for pattern, name in kinds.items():
+        kind, matches = registry().kind(name), name_matcher(pattern)
+        chosen = {layer.name for layer in layers if matches(layer.name) and len(layer.shape) > 1}
+        if not chosen:
+            raise SelectionError(
+                f"kind {name}: {pattern!r} matches no layer that has a matrix{near(pattern, (layer.name for layer in layers))}"
+            )
+        layers = [_with_kind(layer, kind) if layer.name in chosen else layer for layer in layers]
     return layers
+
+
+def _with_kind(layer: Layer, kind: Kind) -> Layer:
+    if layer.dtype not in ADAPTABLE or not layer.has_weight:
+        raise SelectionError(f"{layer.name}: it cannot be a {kind.name}: it {layer.reason or 'has no tensor called weight'}")
+    if not kind.fits(layer.shape):
+        raise SelectionError(f"{layer.name}: it cannot be a {kind.name}: its weight has the shape {list(layer.shape)}")
+    return replace(layer, kind=kind.name, reason="")

@@ -33,6 +33,10 @@ class Kind(ABC):
     def canonical_shape(self, shape: Shape) -> tuple[int, int]:
         """(out_features, in_features) of a weight stored with `shape`."""
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether a weight of this kind can be stored with `shape`."""
+        return len(shape) == 2
+
     @abstractmethod
     def to_canonical(self, weight: Tensor) -> Tensor:
         """The stored weight as (out_features, in_features). May be a view."""
@@ -169,6 +173,9 @@ class ConvNd(Kind):
 
     def canonical_shape(self, shape: Shape) -> tuple[int, int]:
         return (shape[0], prod(shape[1:]))
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) == self.dimensions + 2
 
     def to_canonical(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)

@@ -28,6 +28,8 @@ class Layer:
     """Further names of the same module."""
     tied: tuple[str, ...] = ()
     """Other layers whose weight is this same tensor."""
+    has_weight: bool = True
+    """Whether one of its tensors is called weight."""
     reason: str = ""
     """Why it has no kind, where its shape would allow one."""
 

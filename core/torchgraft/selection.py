@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,9 @@ from torchgraft import roles
 from torchgraft.errors import SelectionError
 from torchgraft.layers import Layer
 
-MAX_BRACES = 10_000
+MAX_NAMES = 10_000
+MAX_BRACES = 100
+"""A pattern that expands to more names, or has more braces, is a mistake or an attack."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,14 @@ def _role(body: str) -> Callable[[Layer], bool]:
 
 
 def _compile(body: str) -> re.Pattern[str]:
-    if body.startswith("re:"):
-        try:
-            return re.compile(body[3:])
-        except re.error as error:
-            raise SelectionError(f"{body!r} is not a regular expression: {error}") from None
-    return re.compile("|".join(_regex_of_glob(word) for word in expand_braces(body)))
+    is_regex = body.startswith("re:")
+    expression = body[3:] if is_regex else "|".join(_regex_of_glob(word) for word in expand_braces(body))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of sets like [[a], which may mean more in later Pythons
+            return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise SelectionError(f"{body[:60]!r} is not a {'regular expression' if is_regex else 'glob'}: {error}") from None
 
 
 def _regex_of_glob(word: str) -> str:
@@ -142,18 +147,20 @@ def expand_braces(text: str) -> list[str]:
     """ "a.{b,c{d,e}}" → ["a.b", "a.cd", "a.ce"].
 
     Raises:
-        SelectionError: a brace is not closed or not opened, or there are more than MAX_BRACES results.
+        SelectionError: a brace is not closed or not opened, or there are too many.
     """
+    if text.count("{") > MAX_BRACES:
+        raise SelectionError(f"the pattern {text[:60]!r}… has more than {MAX_BRACES} braces")
     opening = text.find("{")
+    if "}" in (text[:opening] if opening >= 0 else text):
+        raise SelectionError(f"the braces in {text!r} do not pair")
     if opening < 0:
-        if "}" in text:
-            raise SelectionError(f"the braces in {text!r} do not pair")
         return [text]
     options, rest = _split_braces(text, opening)
     head, tails = text[:opening], expand_braces(rest)
     heads = [head + inner for option in options for inner in expand_braces(option)]
-    if len(heads) * len(tails) > MAX_BRACES:
-        raise SelectionError(f"the braces in {text[:60]!r} expand to more than {MAX_BRACES:,} names")
+    if len(heads) * len(tails) > MAX_NAMES:
+        raise SelectionError(f"the braces in {text[:60]!r} expand to more than {MAX_NAMES:,} names")
     return [first + tail for first in heads for tail in tails]
 
 
@@ -175,14 +182,15 @@ def _in_blocks(sites: list[Layer], blocks: str | Iterable[int] | None, allow_unm
     if blocks is None:
         return sites
     ranges = parse_blocks(blocks)
-    present = {block for layer in sites if (block := block_of(layer.name)) is not None}
+    blocks_of = {layer.name: {block for name in layer.names if (block := block_of(name)) is not None} for layer in sites}
+    present = set[int]().union(*blocks_of.values())
     if not allow_unmatched:
         for span in ranges:
             missing = next((block for block in span if block not in present), None)
             if missing is not None:
                 known = f"its blocks are {min(present)} to {max(present)}" if present else "no layer's name has a number"
                 raise SelectionError(f"layers: the model has no block {missing}; {known}")
-    return [layer for layer in sites if (block := block_of(layer.name)) is not None and any(block in span for span in ranges)]
+    return [layer for layer in sites if any(block in span for span in ranges for block in blocks_of[layer.name])]
 
 
 def parse_blocks(blocks: str | Iterable[int]) -> list[range]:
@@ -211,10 +219,22 @@ def _nothing_matches(pattern: Pattern, layers: Sequence[Layer], sites: list[Laye
     unfit = next((layer for layer in layers if layer.kind is None and pattern.matches(layer)), None)
     if unfit is not None:
         return f"{start} that can be adapted: {unfit.name} {unfit.reason or f'is a {unfit.role} layer of shape {list(unfit.shape)}'}"
-    if any(f".{body}." in f".{name}" for layer in sites for name in layer.names):
-        whole = any(name.startswith(f"{body}.") for layer in sites for name in layer.names)
-        return f"{start}: it names a container; write '{'' if whole else '*.'}{body}.*' for what is in it"
+    if (container := _container(body, sites)) is not None:
+        return f"{start}: it names a container; write '{container}' for what is in it"
     return start + _near_pattern(body, sites)
+
+
+def _container(body: str, sites: list[Layer]) -> str | None:
+    """A pattern for what is in the module that `body` names."""
+    if body.startswith("re:"):
+        return None
+    expression = _compile(body)
+    names = [name.split(".") for layer in sites for name in layer.names]
+    parents = {".".join(segments[:end]) for segments in names for end in range(1, len(segments))}
+    hits = {parent for parent in parents if expression.fullmatch(parent)}
+    if not hits:
+        return None
+    return f"{body}.*" if body in hits or re.search(r"[*?\[]", body) else f"*.{body}.*"
 
 
 def _near_pattern(body: str, sites: list[Layer]) -> str:
