@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import signal
 import sys
 import threading
@@ -43,26 +43,28 @@ def main(arguments: list[str] | None = None) -> None:
     """Run `adapt` and exit: 0 done, 1 a bug, 2 the user's input."""
     warnings.showwarning = _show_warning
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    _prepare_streams()
     try:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
-        if not debug and threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         adapt.main(arguments, prog_name="adapt", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
     except (TorchgraftError, click.ClickException, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
         _fail(_one_line(error), 2, debug)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was left behind", 130, debug)
     except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
         hint = "" if debug else "; please report it with the output of adapt --debug …"
         _fail(f"a bug in adapt: {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1, debug)
+
+
+def _prepare_streams() -> None:
+    """A terminal that cannot show × gets a ?, and whoever stops reading our output (`| head`) has seen enough."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def _one_line(error: Exception) -> str:

@@ -31,9 +31,9 @@ DROPPED_FIRST = ("dtype", "bytes", "share", "kind", "of dense", "shape")
 """Columns that a narrow terminal does without, in this order: a number cut short would be a wrong number."""
 
 
-def model_table(rows: Sequence[Row], total_params: int, trained_name: str = "") -> Table:
+def model_table(rows: Sequence[Row], total_params: int, out: Console, trained_name: str = "") -> Table:
+    """The folded tree, as wide as `out` lets it be. With `trained_name`: what that method trains, and its share of the dense weights."""
     dropped: set[str] = set()
-    out = console()
     for name in (*DROPPED_FIRST, ""):
         table = _model_table(rows, total_params, trained_name, dropped)
         if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
@@ -44,25 +44,15 @@ def model_table(rows: Sequence[Row], total_params: int, trained_name: str = "") 
 
 def _model_table(rows: Sequence[Row], total_params: int, trained_name: str, dropped: set[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    names = [
-        "module",
-        "kind",
-        "shape",
-        "dtype",
-        "params",
-        "bytes",
-        "share",
-        *((f"{trained_name} trains", "of dense") if trained_name else ()),
-    ]
-    for place, name in enumerate(names):
-        if name in dropped:
-            continue
-        if place < 4:
-            table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=24 if place == 0 else None)
-        else:
-            table.add_column(name, justify="right", no_wrap=True)
+    texts = ("module", "kind", "shape", "dtype")
+    numbers = ("params", "bytes", "share", *((f"{trained_name} trains", "of dense") if trained_name else ()))
+    names = [name for name in (*texts, *numbers) if name not in dropped]
+    for name in names:
+        width = 24 if name == "module" else None
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True, overflow="ellipsis", min_width=width)
     for row in rows:
-        table.add_row(*(cell for name, cell in zip(names, _cells(row, total_params, bool(trained_name))) if name not in dropped))
+        cells = dict(zip((*texts, *numbers), _cells(row, total_params, bool(trained_name)), strict=True))
+        table.add_row(*(cells[name] for name in names))
     return table
 
 

@@ -26,7 +26,7 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
     """
     base = base_of_module(model)
     pairing = pair(read_adapter(directory), base).demand(base)
-    tensors = pairing.files.read_all()
+    tensors = read_tensors(pairing)
     sites = {paired.site.name: paired for paired in pairing.sites}
     layers = tuple(base.layers[site] for site in sites)
     chosen = Plan(tuple(dict.fromkeys(base.layers.values())), layers, {}, pairing.also_train)
@@ -40,18 +40,26 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
     return adapter
 
 
-def site_tensors(pairing: Pairing, paired: PairedSite, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One site's tensors as the method names them.
+def read_tensors(pairing: Pairing) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in its file.
 
     Raises:
         PairingError: one of them is not finite.
     """
-    found = {suffix: tensors[name] for suffix, name in paired.tensors.items()}
-    for suffix, tensor in found.items():
-        if not tensor.isfinite().all():
+    tensors = pairing.files.read_all()
+    where = {name: (paired.site.name, suffix) for paired in pairing.sites for suffix, name in paired.tensors.items()}
+    where |= {name: (own.rpartition(".")[0], own.rpartition(".")[2]) for own, name in pairing.trained.items()}
+    for name, (layer, leaf) in where.items():
+        if not tensors[name].isfinite().all():
             raise PairingError(
-                f"{paired.site.name}: the adapter's {suffix} has NaN or infinite entries; it was saved after a run that diverged"
+                f"{layer}: the adapter's {leaf} has NaN or infinite entries, as after a run that diverged; use an earlier save"
             )
+    return tensors
+
+
+def site_tensors(pairing: Pairing, paired: PairedSite, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One site's tensors as the method names them."""
+    found = {suffix: tensors[name] for suffix, name in paired.tensors.items()}
     if pairing.files.peft and pairing.method.peft is not None:
         return pairing.method.peft.from_tensors(paired.site, paired.config, found)
     return found

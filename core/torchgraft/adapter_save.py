@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -46,6 +46,8 @@ class Contents:
     """Module that is trained whole → its state."""
     also_train: tuple[str, ...]
     """The names under which those modules were asked for."""
+    also_saved: dict[str, Mapping[str, Tensor]]
+    """Further modules that PEFT looks for, since their names end like one of those; as they are in the base."""
     modules: list[str]
     """The names of all modules of the base."""
     base: str | None
@@ -54,18 +56,24 @@ class Contents:
 
 def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
     """Write `adapter` into `directory`, which is made if need be; each file is replaced in one step."""
-    from torchgraft.module_layers import named_base_modules
+    from torchgraft.module_layers import named_base_modules, own_state
 
+    modules = [name for name, _ in named_base_modules(adapter.model)]
     contents = Contents(
         method=registry().method(adapter.method),
         config=adapter.config,
         sites=[SavedSite(part.site, part.config, part.tensors(), frozen_fingerprint(part.site)) for part in adapter.parts.values()],
         trained={name: copy.module.state_dict() for name, copy in adapter.copies.items()},
         also_train=adapter.plan.trained,
-        modules=[name for name, _ in named_base_modules(adapter.model)],
+        also_saved={name: own_state(adapter.model.get_submodule(name)) for name in also_saved(adapter.plan.trained, modules)},
+        modules=modules,
         base=getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
     )
     write(contents, Path(directory))
+
+
+def also_saved(also_train: Sequence[str], modules: Sequence[str]) -> list[str]:
+    return [name for name in peft_names.saved_modules(also_train, modules) if name not in also_train]
 
 
 def write(contents: Contents, directory: Path) -> None:
@@ -85,7 +93,8 @@ def write(contents: Contents, directory: Path) -> None:
 def _named_tensors(contents: Contents) -> dict[str, Tensor]:
     peft = contents.method.peft
     prefix = peft_names.PREFIX if peft else ""
-    tensors = {f"{prefix}{module}.{key}": tensor for module, state in contents.trained.items() for key, tensor in state.items()}
+    whole = contents.trained | (contents.also_saved if peft else {})
+    tensors = {f"{prefix}{module}.{key}": tensor for module, state in whole.items() for key, tensor in state.items()}
     for saved in contents.sites:
         named = peft.to_tensors(saved.site, saved.config, saved.params) if peft else saved.params
         tensors.update({f"{prefix}{saved.site.name}.{suffix}": tensor for suffix, tensor in named.items()})
@@ -122,6 +131,7 @@ def _record(contents: Contents, file: str, data: bytes) -> dict[str, Any]:
         "config": contents.config.model_dump(),
         "sites": [_site_record(saved, contents.config) for saved in contents.sites],
         "also_train": list(contents.also_train),
+        "also_saved": list(contents.also_saved),
         "base": contents.base,
         "tensors": {"file": file, "sha256": hashlib.sha256(data).hexdigest()},
     }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchgraft import fingerprint
-from torchgraft.adapter_save import Contents, SavedSite, write
+from torchgraft.adapter_save import Contents, SavedSite, also_saved, write
 from torchgraft.attaching import seed_of
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.checkpoint_layers import module_names
@@ -32,6 +32,7 @@ def apply_to_checkpoint(
     seed: int,
 ) -> None:
     """Initialise an adapter as `chosen` and `configs` say, and write it to the new directory `output`."""
+    modules = module_names(checkpoint)
     with new_directory(output) as directory:
         write(
             Contents(
@@ -40,7 +41,8 @@ def apply_to_checkpoint(
                 sites=[_site(checkpoint, layer, hooks, configs[layer.name], seed) for layer in chosen.sites],
                 trained={name: _state(checkpoint, name) for name in chosen.trained},
                 also_train=chosen.trained,
-                modules=module_names(checkpoint),
+                also_saved={name: _state(checkpoint, name) for name in also_saved(chosen.trained, modules)},
+                modules=modules,
                 base=base,
             ),
             directory,

@@ -20,7 +20,7 @@ from torch import Tensor
 import torchgraft
 from torchgraft import exact
 from torchgraft.adapter_files import NATIVE, PEFT_CONFIG, AdapterFiles, read_adapter
-from torchgraft.adapter_load import site_tensors
+from torchgraft.adapter_load import read_tensors, site_tensors
 from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
 from torchgraft.manager import MethodHooks, registry
@@ -130,7 +130,7 @@ def merge_checkpoint(
     if dry_run:
         return report
     _check_space(target, report.total_bytes)
-    merge.tensors = merge.pairing.files.read_all()
+    merge.tensors = read_tensors(merge.pairing)
     with new_directory(target) as directory:
         corrections = _write_weights(merge, directory, undo, progress)
         for relative in carried:

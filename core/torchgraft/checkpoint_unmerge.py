@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchgraft import exact
 from torchgraft.adapter_files import read_adapter
+from torchgraft.adapter_load import read_tensors
 from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
 from torchgraft.checkpoint_merge import CORRECTIONS, FORMAT, Merge, Progress, copy_bytes, prepare_on, relative_name
 from torchgraft.errors import FileFormatError, MergeError
@@ -79,7 +80,7 @@ def _prepare(checkpoint: Checkpoint, record: Mapping[str, Any]) -> tuple[Merge, 
     # The weights here are the merged ones: hashes, not samples, will tell whether the right bits come out.
     base = replace(base, layers={**base.layers, **kinds}, fingerprint=lambda _: "")
     merge = prepare_on(checkpoint, pair(read_adapter(undo / "adapter"), base).demand(base), base)
-    merge.tensors = merge.pairing.files.read_all()
+    merge.tensors = read_tensors(merge.pairing)
     corrections = open_checkpoint(undo / CORRECTIONS)
     return merge, {name: corrections.read(name) for name in corrections.tensors}
 

@@ -125,6 +125,12 @@ class LowRankPeft:
             return None
         if peft.get("bias", "none") != "none":
             raise PairingError(f"adapter_config.json: bias={peft['bias']!r}: trained biases are not supported; only bias='none' is")
+        start = peft.get("init_lora_weights")
+        if start not in (None, True, False, "gaussian", "orthogonal", "eva"):
+            raise PairingError(
+                f"adapter_config.json: init_lora_weights={start!r}: PEFT takes such an adapter's start out of the base's weights; "
+                "save it with PEFT's path_initial_model_for_weight_conversion=…, which makes it a plain LoRA"
+            )
         for key, value in peft.items():
             if value and key not in self.IGNORED:
                 raise PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
@@ -137,6 +143,10 @@ class LowRankPeft:
             dropout=float(peft.get("lora_dropout", 0.0)),
             scaling="alpha/sqrt(r)" if peft.get("use_rslora") else "alpha/r",
         )
+
+    def groups(self, shape: Shape, tensors: Mapping[str, Shape]) -> int:
+        first = tensors.get("lora_A.weight", ())  # it sees all input channels, the layer's weight those of one group
+        return max(1, first[1] // shape[1]) if len(shape) > 2 and len(first) == len(shape) and shape[1] else 1
 
     def shapes(self, site: Site, config: LowRankConfig) -> dict[str, Shape]:
         rank, groups = self._peft_rank(site, config), site.groups

@@ -31,6 +31,9 @@ class PeftFormat(Protocol):
             PairingError: the config asks for something that the method does not do.
         """
 
+    def groups(self, shape: Shape, tensors: Mapping[str, Shape]) -> int:
+        """Of a layer whose weight has `shape`, from its tensors' shapes: a checkpoint does not tell it."""
+
     def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
         """Suffix → shape of every tensor of one site."""
 

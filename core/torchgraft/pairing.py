@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torchgraft import fingerprint, peft_names
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SHOWN = 3
+OTHER_BASE = "the base's weight is not the one that the adapter was made for: another model, or one that was merged into"
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,12 @@ def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
         pairing.sites.append(PairedSite(site_of(layer), own, {}))
         print_ = entry.get("fingerprint")
         if print_ and fingerprint.comparable(layer.dtype, entry["dtype"]) and base.fingerprint(layer.name) not in ("", print_):
-            pairing.problems.append(
-                f"{layer.name}: the base's weight is not the one that the adapter was made for: another model, or one that was merged into"
-            )
+            pairing.problems.append(f"{layer.name}: {OTHER_BASE}")
     return pairing
 
 
 def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str]:
     """The base's layer for one recorded site, of the recorded kind; or what is wrong with it."""
-    from dataclasses import replace
-
     name, shape, kind = entry["name"], tuple(entry["shape"]), entry["kind"]
     layer = base.layers.get(name)
     if layer is None:
@@ -142,7 +139,7 @@ def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str
 def _pair_peft(files: AdapterFiles, base: Base) -> Pairing:
     method, config = _method_of_peft(files)
     assert method.peft is not None
-    also_train = _saved_modules(files)
+    also_train = _saved_modules(files, base)
     pairing = Pairing(files, method, config, also_train=also_train)
     sites: dict[str, str] = {}
     for key in files.shapes:
@@ -152,41 +149,39 @@ def _pair_peft(files: AdapterFiles, base: Base) -> Pairing:
         elif not _is_inside(name, also_train):
             sites[name] = _owner(name, base.layers)
     for name in dict.fromkeys(owner for owner in sites.values() if owner):
-        _pair_peft_site(pairing, files, base.layers[name], [key for key, owner in sites.items() if owner == name])
+        _pair_peft_site(
+            pairing, files, base.layers[name], [peft_names.PREFIX + key for key, owner in sites.items() if owner == name], base.is_module
+        )
     for layer in dict.fromkeys(base.layers.values()):
         if layer.kind is not None and layer.name not in sites.values() and peft_names.is_target(files.peft, layer):
             pairing.problems.append(f"{layer.name}: the adapter's target_modules name this layer, and there is no tensor for it")
     return pairing
 
 
-def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors: list[str]) -> None:
-    from dataclasses import replace
-
+def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors: list[str], is_module: bool) -> None:
     peft = dict(files.peft)
+    named = {name: files.shapes[name][1] for name in tensors}
     if layer.kind is None:
         pairing.problems.append(
             f"{layer.name}: {layer.reason or f'is a {layer.role} layer of shape {list(layer.shape)}, which no adapter fits'}"
         )
         return
-    peft["r"] = peft_names.pattern_value(peft.get("rank_pattern") or {}, layer.name, peft.get("r", 8))
-    peft["lora_alpha"] = peft_names.pattern_value(peft.get("alpha_pattern") or {}, layer.name, peft.get("lora_alpha", 8))
     assert pairing.method.peft is not None
-    site = site_of(replace(layer, groups=_groups(layer, tensors, files)))
-    config = pairing.method.peft.from_config(peft, site)
+    suffixes = {name.removeprefix(f"{peft_names.PREFIX}{layer.name}."): shape for name, shape in named.items()}
+    groups = layer.groups if is_module else pairing.method.peft.groups(layer.shape, suffixes)
+    site = site_of(replace(layer, groups=groups))
+    try:
+        peft["r"] = peft_names.pattern_value(peft.get("rank_pattern") or {}, layer.name, peft.get("r", 8))
+        peft["lora_alpha"] = peft_names.pattern_value(peft.get("alpha_pattern") or {}, layer.name, peft.get("lora_alpha", 8))
+        config = pairing.method.peft.from_config(peft, site)
+    except (TypeError, ValueError) as error:
+        pairing.problems.append(f"{layer.name}: adapter_config.json is not valid for it: {' '.join(str(error).split())}")
+        return
+    except PairingError as error:
+        pairing.problems.append(str(error))
+        return
     assert config is not None
     pairing.sites.append(PairedSite(site, config, {}))
-
-
-def _groups(layer: Layer, tensors: list[str], files: AdapterFiles) -> int:
-    """Of a convolution: PEFT's first factor sees all input channels, the weight those of one group."""
-    if layer.groups > 1 or len(layer.shape) < 3:
-        return layer.groups
-    widths = [
-        files.shapes[peft_names.PREFIX + name][1][1]
-        for name in tensors
-        if len(files.shapes[peft_names.PREFIX + name][1]) == len(layer.shape)
-    ]
-    return max(widths, default=layer.shape[1]) // layer.shape[1] or 1
 
 
 def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:
@@ -202,13 +197,18 @@ def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:
     raise PairingError(f"{files.directory}: no installed method reads PEFT's {said}; see 'adapt plugins list'")
 
 
-def _saved_modules(files: AdapterFiles) -> tuple[str, ...]:
-    """The base's modules that `modules_to_save` names and for which there are tensors."""
-    names = {name.removeprefix(peft_names.PREFIX) for name in files.shapes}
-    prefixes = {".".join(name.split(".")[:end]) for name in names for end in range(1, name.count(".") + 1)}
-    wanted = files.peft.get("modules_to_save") or []
-    found = {prefix for prefix in prefixes if any(prefix == want or prefix.endswith(f".{want}") for want in wanted)}
-    return tuple(sorted(name for name in found if not _is_inside(name, found - {name})))
+def _saved_modules(files: AdapterFiles, base: Base) -> tuple[str, ...]:
+    """The base's modules that `modules_to_save` names; and the names that it alone explains, though the base lacks them."""
+    wanted = tuple(files.peft.get("modules_to_save") or [])
+    found = peft_names.saved_modules(wanted, _parents(base.tensors))
+    in_file = _parents(name.removeprefix(peft_names.PREFIX) for name in files.shapes)
+    absent = [name for name in in_file if any(name == want or name.endswith(f".{want}") for want in wanted) and not _is_inside(name, found)]
+    return (*found, *absent)
+
+
+def _parents(tensors: Iterable[str]) -> list[str]:
+    """Every module that the names of tensors imply."""
+    return sorted({name[:place] for name in tensors for place, character in enumerate(name) if character == "."})
 
 
 def _owner(tensor: str, layers: Mapping[str, Layer]) -> str:
@@ -243,7 +243,26 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
             for name in files.shapes
             if _is_inside(name.removeprefix(prefix), [module]) and (inside == {} or name.removeprefix(prefix) in inside)
         )
+    for module in files.native.get("also_saved", []):
+        used.update(name for name in files.shapes if _is_inside(name.removeprefix(prefix), [module]))
+    used.update(_frozen_copies(pairing, base))
     pairing.problems += _left_over([name for name in files.shapes if name not in used], base, prefix)
+
+
+def _frozen_copies(pairing: Pairing, base: Base) -> list[str]:
+    """PEFT saves the frozen weight of a targeted embedding or head, too. It tells whether this base is the right one."""
+    found = []
+    for site in (paired.site for paired in pairing.sites) if pairing.files.peft else ():
+        name = f"{peft_names.PREFIX}{site.name}.base_layer.weight"
+        dtype, shape = pairing.files.shapes.get(name, ("", ()))
+        if shape == site.shape:
+            found.append(name)
+            if fingerprint.comparable(site.dtype, dtype) and base.fingerprint(site.name) not in (
+                "",
+                fingerprint.of_tensor(pairing.files.read(name)),
+            ):
+                pairing.problems.append(f"{site.name}: {OTHER_BASE}")
+    return found
 
 
 def _expected(pairing: Pairing, paired: PairedSite) -> dict[str, Shape]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torchgraft.errors import PairingError
@@ -30,17 +30,21 @@ def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
     found = {}
     for name, value in values.items():
         others = (site for site in sites if site != name)
-        clear = not any(re.match(rf"(.*\.)?({name})$", other) for other in others)
+        clear = re.fullmatch(r"[\w.]+", name) and not any(re.match(rf"(.*\.)?({name})$", other) for other in others)
         found[name if clear else f"^{re.escape(name)}"] = value
     return found
 
 
 def pattern_value(pattern: Mapping[str, Any], site: str, default: Any) -> Any:
-    """What PEFT takes for `site` from a `rank_pattern` or `alpha_pattern`."""
+    """What PEFT takes for `site` from a `rank_pattern` or `alpha_pattern`.
+
+    Raises:
+        PairingError: a key is no regular expression.
+    """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", site):
+        if _matches(re.match, rf"(.*\.)?({key})$", site, key):
             return value
-    return default
+    return pattern.get(site, default)
 
 
 def is_target(peft: Mapping[str, Any], layer: Layer) -> bool:
@@ -54,7 +58,15 @@ def is_target(peft: Mapping[str, Any], layer: Layer) -> bool:
     wanted = peft.get("target_modules") or []
     if wanted == "all-linear":
         return layer.kind in LINEAR_KINDS and layer.role != "head"
-    return _named(wanted, layer.name) and (isinstance(wanted, str) or _in_blocks(peft, layer.name))
+    if isinstance(wanted, str):
+        return _named(wanted, layer.name)
+    return layer.name in wanted or (_named(wanted, layer.name) and _in_blocks(peft, layer.name))
+
+
+def saved_modules(wanted: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """The outermost modules that PEFT saves whole for `modules_to_save`: it goes by the ends of names, not by segments."""
+    found = {name for name in modules if name.endswith(tuple(wanted))} if wanted else set()
+    return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
 
 
 def in_saved_module(peft: Mapping[str, Any], name: str) -> bool:
@@ -66,10 +78,14 @@ def _named(wanted: Any, name: str) -> bool:
         return False
     if not isinstance(wanted, str):
         return _is_suffix(name, wanted)
+    return _matches(re.fullmatch, wanted, name, wanted)
+
+
+def _matches(match: Callable[[str, str], object], expression: str, name: str, shown: str) -> bool:
     try:
-        return re.fullmatch(wanted, name) is not None
+        return match(expression, name) is not None
     except re.error as error:
-        raise PairingError(f"adapter_config.json: {wanted!r} is not a regular expression: {error}") from None
+        raise PairingError(f"adapter_config.json: {shown!r} is not a regular expression: {error}") from None
 
 
 def _is_suffix(name: str, candidates: Iterable[str]) -> bool:

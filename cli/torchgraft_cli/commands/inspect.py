@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from torchgraft_cli.options import (
     selection_document,
     selection_options,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()
@@ -49,20 +52,20 @@ def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, *
     from torchgraft_cli.tree import rows
 
     out = console()
-    out.print(model_table(rows(found.layers, {}, depth), found.total_params))
+    out.print(model_table(rows(found.layers, {}, depth), found.total_params, out))
     out.print(f"\n{len(found.layers)} modules, {found.total_params:,} parameters, {size(sum(layer.bytes for layer in found.layers))}")
 
 
-def show_selection(chosen: Chosen, depth: int | None = None) -> None:
-    """The tree with what is selected in it, and the sums."""
+def show_selection(chosen: Chosen, depth: int | None = None, out: Console | None = None) -> None:
+    """The tree with what is selected in it, and the sums; on stdout, or on `out`."""
     from torchgraft.planning import site_params
     from torchgraft_cli.render import console, model_table, percent
     from torchgraft_cli.tree import rows
 
     name, found = chosen.hooks.method.name, chosen.plan
     trained = {layer.name: site_params(layer, chosen.hooks, chosen.configs[layer.name]) for layer in found.sites}
-    out = console()
-    out.print(model_table(rows(found.layers, trained, depth), found.total_params, name))
+    out = out or console()
+    out.print(model_table(rows(found.layers, trained, depth), found.total_params, out, name))
     total = found.trained_params + sum(trained.values())
     dense = sum(prod(layer.shape) for layer in found.sites)
     counts = ", ".join(f"{pattern} {count}" for pattern, count in found.patterns.items())
