@@ -11,7 +11,7 @@ from data import LABELS, Split
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-MAX_TOKENS = 48
+MAX_TOKENS = 40
 BATCH = 32
 
 
@@ -39,10 +39,9 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def embed_all(model: Classifier, split: Split) -> Tensor:
     model.eval()
-    # Texts of like length together: little padding, so it is quicker.
-    order = sorted(range(len(split)), key=lambda i: len(split.texts[i]))
-    rows = torch.cat([model.embed([split.texts[i] for i in order[start : start + 64]]) for start in range(0, len(order), 64)])
-    return rows[torch.tensor(order).argsort()]
+    groups = _of_like_length(split, 64)
+    rows = torch.cat([model.embed([split.texts[i] for i in group]) for group in groups])
+    return rows[torch.tensor([i for group in groups for i in group]).argsort()]
 
 
 def accuracy(model: Classifier, split: Split) -> float:
@@ -75,8 +74,15 @@ def train(model: Classifier, split: Split, groups: list[dict[str, Any]], each_st
 
 
 def _batches(split: Split) -> Iterable[tuple[list[str], Tensor]]:
-    for start in range(0, len(split), BATCH):
-        yield split.texts[start : start + BATCH], torch.tensor(split.labels[start : start + BATCH])
+    groups = _of_like_length(split, BATCH)
+    for place in torch.randperm(len(groups)):
+        yield [split.texts[i] for i in groups[place]], torch.tensor([split.labels[i] for i in groups[place]])
+
+
+def _of_like_length(split: Split, size: int) -> list[list[int]]:
+    """Places in `split` in groups of `size`, with texts of like length together: less padding is quicker."""
+    order = sorted(range(len(split)), key=lambda i: len(split.texts[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def _step(optimizer: torch.optim.Optimizer, logits: Tensor, labels: Tensor) -> float:

@@ -29,7 +29,7 @@ from rich.table import Table
 import torchgraft as tg
 
 RUN = Path("demo-run")
-TRAIN, TEST, SEED = 6400, 1000, 0
+TRAIN, TEST, SEED = 4000, 1000, 0
 console = Console(highlight=False)
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     torch.manual_seed(SEED)
 
     adapt("inspect", "encoder", "--target", "@linear", "--rank", "8")
+    adapt("plugins", "list")
     adapt("apply", "encoder", "--plugin", "lora", "--target", "@linear", "--rank", "8", "-o", "adapter")
     summary, model, test = learn()
     adapt("check", "encoder", "trained")
@@ -81,12 +82,12 @@ def learn() -> tuple[dict[str, str], Classifier, Split]:
         train(model, learning, groups, lambda loss: bar.update(task, advance=1, loss=f"loss {loss:.3f}"))
     adapter.save("trained")
     summary = {
-        "trained": str(adapter.count()),
+        "trained": f"{adapter.count().trainable:,} ({adapter.count().percent:.2g} %)",
         "untrained": f"{untrained:.1%}",
         "head_alone": f"{head_alone:.1%}",
         "adapted": f"{accuracy(model, test):.1%}",
     }
-    console.print(f"accuracy on {len(test)} held-out texts: {head_alone:.1%} with the head alone, {summary['adapted']} with the adapter")
+    console.print(f"accuracy on {len(test)} held-out texts: {head_alone:.1%} before (head alone), {summary['adapted']} after")
     return summary, model, test
 
 
@@ -96,7 +97,7 @@ def compare_with_merged(model: Classifier, test: Split) -> dict[str, str]:
     adapted = embed_all(model, test)
     model.encoder = transformers.AutoModel.from_pretrained("merged")
     difference = (embed_all(model, test) - adapted).abs().max() / adapted.abs().max()
-    console.print(f"largest difference of its sentence embeddings from the adapted model's: {difference:.1e} of the largest entry")
+    console.print(f"its sentence embeddings differ from the adapted model's by at most {difference:.1e} of the largest entry")
     assert difference < 1e-4, "the merged model is not the adapted one"
     return {"merged": f"{accuracy(model, test):.1%}", "difference": f"{difference:.1e}"}
 
@@ -124,16 +125,16 @@ def same_files(one: Path, other: Path) -> int:
 
 
 def closing_table(summary: dict[str, str]) -> Table:
-    table = Table(title="all-MiniLM-L6-v2 learns sentiment", title_justify="left")
-    table.add_column("what")
+    table = Table(title="all-MiniLM-L6-v2 learns the sentiment of real texts", title_justify="left")
+    table.add_column("held-out accuracy, and what was done to the model")
     table.add_column("result", justify="right")
-    table.add_row("accuracy, held-out: untrained head", summary["untrained"])
-    table.add_row("accuracy: head alone, encoder frozen", summary["head_alone"])
-    table.add_row("accuracy: head and LoRA", f"[bold]{summary['adapted']}[/]")
-    table.add_row("accuracy: merged, in plain transformers", summary["merged"])
-    table.add_row("largest relative difference of the merged model", summary["difference"])
-    table.add_row("parameters", summary["trained"])
-    table.add_row("files equal to the original after unmerge (sha256)", f"[bold]{summary['files_equal']}[/]")
+    table.add_row("untrained head", summary["untrained"])
+    table.add_row("before: head trained, encoder as it was", summary["head_alone"])
+    table.add_row("after: head and LoRA trained", f"[bold]{summary['adapted']}[/]")
+    table.add_row("merged, in plain transformers", summary["merged"])
+    table.add_row("its difference from the adapted model", summary["difference"])
+    table.add_row("parameters that LoRA trains", summary["trained"])
+    table.add_row("files with the original sha256 after unmerge", f"[bold]{summary['files_equal']}[/]")
     table.add_row("seconds", summary["seconds"])
     return table
 

@@ -11,7 +11,7 @@ from torchgraft_cli.main import echo_json
 from torchgraft_cli.options import choose, json_option, selection_document, selection_options
 
 
-@click.command()
+@click.command(short_help="Make a new adapter for a model.")
 @click.argument("model")
 @click.option("--plugin", required=True, metavar="M", help="The method: see 'adapt plugins list'.")
 @selection_options
@@ -40,5 +40,5 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
         return
     from torchgraft_cli.commands.inspect import show_selection
 
-    show_selection(chosen)
+    show_selection(chosen, tree=dry_run)
     click.echo(f"nothing was written (--dry-run); without it: {output}" if dry_run else f"wrote {output}")

@@ -11,7 +11,7 @@ from torchgraft_cli.main import echo_json
 from torchgraft_cli.options import json_option, kind_option, parse_kinds
 
 
-@click.command()
+@click.command(short_help="Tell whether an adapter fits a model.")
 @click.argument("model")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @kind_option

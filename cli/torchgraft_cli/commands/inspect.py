@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command()
+@click.command(short_help="Show what is in a model, and what an adapter would cost.")
 @click.argument("source")
 @click.option("--plugin", metavar="M", help=f"The method to count with [default: {DEFAULT_PLUGIN}].")
 @selection_options
@@ -56,7 +56,7 @@ def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, *
     out.print(f"\n{len(found.layers)} modules, {found.total_params:,} parameters, {size(sum(layer.bytes for layer in found.layers))}")
 
 
-def show_selection(chosen: Chosen, depth: int | None = None, out: Console | None = None) -> None:
+def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = True, out: Console | None = None) -> None:
     """The tree with what is selected in it, and the sums; on stdout, or on `out`."""
     from torchgraft.planning import site_params
     from torchgraft_cli.render import console, model_table, percent
@@ -65,11 +65,13 @@ def show_selection(chosen: Chosen, depth: int | None = None, out: Console | None
     name, found = chosen.hooks.method.name, chosen.plan
     trained = {layer.name: site_params(layer, chosen.hooks, chosen.configs[layer.name]) for layer in found.sites}
     out = out or console()
-    out.print(model_table(rows(found.layers, trained, depth), found.total_params, out, name))
+    if tree:
+        out.print(model_table(rows(found.layers, trained, depth), found.total_params, out, name))
+        out.print()
     total = found.trained_params + sum(trained.values())
     dense = sum(prod(layer.shape) for layer in found.sites)
     counts = ", ".join(f"{pattern} {count}" for pattern, count in found.patterns.items())
-    out.print(f"\n{len(found.sites)} of {len(found.layers)} modules selected: {counts}")
+    out.print(f"{len(found.sites)} of {len(found.layers)} modules selected: {counts}")
     if found.trained:
         out.print(f"trained whole: {', '.join(found.trained)} ({found.trained_params:,})")
     out.print(

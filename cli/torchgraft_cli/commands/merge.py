@@ -10,7 +10,7 @@ from torchgraft_cli.main import echo_json
 from torchgraft_cli.options import json_option, kind_option, parse_kinds
 
 
-@click.command()
+@click.command(short_help="Merge an adapter into a checkpoint.")
 @click.argument("model")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(

@@ -10,7 +10,7 @@ from torchgraft_cli.main import echo_json
 from torchgraft_cli.options import json_option
 
 
-@click.command()
+@click.command(short_help="Take a merged adapter out again.")
 @click.argument("merged")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The directory to write; it must not exist."

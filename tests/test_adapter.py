@@ -1,0 +1,515 @@
+"""Adapters on a model: what attaching leaves alone, switching, copying, training whole modules, taking off, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torchgraft as tg
+from models import Plain, build, perturb_
+
+RANK, ALPHA = 3, 5.0
+LOW_RANK = {"rank": RANK, "alpha": ALPHA, "dtype": "float64"}
+SHAPES = {
+    "embed": (6, 11),
+    "conv": (8, 18),
+    "attn.q_proj": (8, 8),
+    "attn.out_proj": (8, 8),
+    "mlp.0": (12, 8),
+    "mlp.2": (8, 12),
+    "head": (5, 8),
+}
+TOKENS = torch.tensor([[1, 5, 2, 9], [0, 3, 10, 7]])
+
+
+def plain(seed: int = 0) -> Plain:
+    torch.manual_seed(seed)
+    return Plain().double().eval()
+
+
+def put(model: nn.Module, name: str = "default", targets: Any = ("@all",), seed: int = 1, **options: Any) -> tg.Adapter:
+    adapter = tg.apply(model, "lora", targets, name=name, **{**LOW_RANK, **options})
+    perturb_(adapter.parameters(), seed=seed)
+    return adapter
+
+
+def dense(base: nn.Module, *adapters: tg.Adapter) -> nn.Module:
+    """A copy of `base` with every W + α/r·B·A written out in float64, and the trained modules in place of the original ones."""
+    copy = deepcopy(base).double().requires_grad_(False)
+    for adapter in adapters:
+        for name, part in adapter.parts.items():
+            weight = copy.get_submodule(name).weight
+            a, b = (part.tensors()[key].detach().double() for key in "AB")
+            delta = part.config.alpha / part.config.rank * (b @ a)
+            weight += (delta.t() if isinstance(copy.get_submodule(name), nn.Embedding) else delta).reshape(weight.shape)
+        for name, trained in adapter.copies.items():
+            copy.get_submodule(name).load_state_dict(trained.module.state_dict())
+    return copy
+
+
+def output(model: nn.Module) -> Tensor:
+    return model(TOKENS).detach()
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert list(one) == list(other)
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def logits(model: nn.Module) -> Tensor:
+    more = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
+    return model(input_ids=TOKENS, **more).logits.detach()
+
+
+@pytest.mark.parametrize("family", ["plain", "llama", "t5"])
+def test_attaching_keeps_objects_names_classes_and_state(family: str) -> None:
+    model, run = (plain(), output) if family == "plain" else (build(family).double(), logits)
+    modules, classes, before, base = dict(model.named_modules()), {m: type(m) for m in model.modules()}, bits(model), deepcopy(model)
+    adapter = put(model, "extra", "@linear")
+    after = dict(model.named_modules())
+    assert all(after[name] is module and isinstance(module, classes[module]) for name, module in modules.items())
+    assert list(after) != list(modules)
+    state = model.state_dict()
+    assert_same_bits(before, {key: state[key] for key in before})
+    assert set(state) - set(before) == {f"{site.name}.adapters.extra.{key}" for site in adapter.sites for key in "AB"}
+    torch.testing.assert_close(run(model), run(dense(base, adapter)))
+    assert (run(model) - run(base)).abs().max() > 1e-2
+    adapter.detach()
+    assert {m: type(m) for m in model.modules()} == classes
+    assert list(model.named_modules()) == list(modules.items())
+    assert_same_bits(before, model.state_dict())
+    assert "_torchgraft" not in vars(model)
+    assert [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks] == []
+    assert tg.adapters(model) == {}
+
+
+def _torch_saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("duplicate", [deepcopy, _pickled, _torch_saved])
+def test_a_copy_has_its_own_adapters(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = plain()
+    base = deepcopy(model)
+    adapter = put(model, also_train=["head"], targets=["embed", "conv", "@mlp"])
+    expected = output(model)
+    copy = duplicate(model)
+    own = tg.adapters(copy)["default"]
+    assert own.model is copy
+    assert own is not adapter
+    assert all(site.module is copy.get_submodule(site.name) for site in own.sites)
+    assert {id(p) for p in own.parameters()} <= {id(p) for p in copy.parameters()}
+    torch.testing.assert_close(output(copy), expected)
+    optimizer = torch.optim.SGD(own.param_groups(lr=0.5))
+    copy(TOKENS).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(output(model), expected)
+    assert (output(copy) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(output(copy), output(dense(base, own)))
+    own.merge()
+    torch.testing.assert_close(output(copy), output(dense(base, own)))
+    own.detach()
+    assert_same_bits(copy.state_dict(), base.state_dict())
+    assert torch.equal(output(model), expected)
+
+
+def test_a_merged_adapter_survives_a_copy() -> None:
+    model = plain()
+    base = deepcopy(model)
+    put(model).merge()
+    copy = _pickled(model)
+    tg.adapters(copy)["default"].detach()
+    assert_same_bits(copy.state_dict(), base.state_dict())
+
+
+def test_state_dict_goes_through_a_file(tmp_path: Path) -> None:
+    model, other = plain(), plain(seed=5)
+    put(model, also_train=["head"], targets=["embed", "@mlp"])
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    put(other, also_train=["head"], targets=["embed", "@mlp"], seed=9)
+    assert (output(other) - output(model)).abs().max() > 1e-2
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    torch.testing.assert_close(output(other), output(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", [Plain, lambda: build("llama")])
+def test_meta_models_are_attached_and_counted_without_values(make: Callable[[], nn.Module]) -> None:
+    real = make()
+    with torch.device("meta"):
+        model = make()
+    counts = [tg.apply(m, "lora", "@linear", rank=RANK).count() for m in (real, model)]
+    assert counts[0] == counts[1]
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_to_dtype_converts_the_adapter_too(dtype: torch.dtype) -> None:
+    model = plain().float()
+    base = deepcopy(model)
+    adapter = put(model, dtype="float32")
+    expected = output(dense(base, adapter))
+    model.to(dtype)
+    assert {p.dtype for p in adapter.parameters()} == {dtype}
+    assert output(model).dtype == dtype
+    tolerance = 1e-6 if dtype == torch.float64 else 0.2
+    torch.testing.assert_close(output(model).double(), expected, rtol=tolerance, atol=tolerance)
+    adapter.merge()
+    torch.testing.assert_close(output(model).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_several_adapters_add_up_and_any_set_can_be_active() -> None:
+    model = plain()
+    base = deepcopy(model)
+    found = {name: put(model, name, targets, seed=seed, rank=rank) for name, targets, seed, rank in TRIO}
+    assert list(tg.adapters(model)) == ["one", "two", "three"]
+    for names in ([], ["two"], ["one", "three"], ["three", "two", "one"]):
+        tg.activate(model, *names)
+        assert {name for name, adapter in found.items() if adapter.active} == set(names)
+        torch.testing.assert_close(output(model), output(dense(base, *(found[name] for name in names))))
+    with pytest.raises(tg.AttachError, match="'tow'.*near names: two.*it has one, two, three"):
+        tg.activate(model, "one", "tow")
+    assert all(adapter.active for adapter in found.values())
+    found["two"].detach()
+    torch.testing.assert_close(output(model), output(dense(base, found["one"], found["three"])))
+    with pytest.raises(tg.AttachError, match="has an adapter 'one'"):
+        put(model, "one")
+    found["one"].merge()
+    with pytest.raises(tg.MergeError, match="unmerge it first"):
+        tg.activate(model, "three")
+    assert found["three"].active
+
+
+TRIO = [("one", ["@all"], 1, 3), ("two", ["q_proj", "embed"], 2, 2), ("three", ["conv", "q_proj"], 3, 1)]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_disabled_restores_the_previous_state(before: bool) -> None:
+    model = plain()
+    base = output(model)
+    adapter, other = put(model, "a"), put(model, "b", seed=2)
+    other.active, adapter.active = False, before
+    with adapter.disabled(), adapter.disabled():
+        torch.testing.assert_close(output(model), base, rtol=0, atol=0)
+    assert (adapter.active, other.active) == (before, False)
+    with pytest.raises(ZeroDivisionError), adapter.disabled():
+        _ = 1 / 0
+    assert (adapter.active, other.active) == (before, False)
+    assert bool((output(model) - base).abs().max() > 1e-2) == before
+
+
+def test_the_base_is_frozen_until_the_last_adapter_is_off() -> None:
+    model = plain()
+    model.norm.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    one, two = put(model, "one"), put(model, "two")
+    own = {id(p) for adapter in (one, two) for p in adapter.parameters()}
+    assert all(p.requires_grad == (id(p) in own) for p in model.parameters())
+    one.detach()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own] == []
+    two.detach()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+def test_a_layer_of_the_base_stays_in_training_mode() -> None:
+    model = plain().train()
+    put(model, dropout=0.5)
+    assert all(module.training for module in model.modules())
+    assert not torch.equal(output(model), output(model))
+    model.eval()
+    assert torch.equal(output(model), output(model))
+
+
+def test_a_trained_head_runs_in_place_of_the_base(tmp_path: Path) -> None:
+    model = plain()
+    base = deepcopy(model)
+    adapter = put(model, targets=["q_proj"], also_train=["head"])
+    expected = output(dense(base, adapter))
+    own = adapter.copies["head"].module.weight
+    assert (own - base.head.weight).abs().max() > 0.1
+    assert torch.equal(model.head.weight, base.head.weight)
+    torch.testing.assert_close(output(model), expected)
+    with adapter.disabled():
+        assert torch.equal(output(model), output(base))
+    adapter.save(tmp_path / "saved")
+    other = deepcopy(base)
+    tg.load(other, tmp_path / "saved")
+    torch.testing.assert_close(output(other), expected)
+    adapter.merge()
+    assert torch.equal(model.head.weight, own)
+    torch.testing.assert_close(output(model), expected)
+    adapter.unmerge()
+    torch.testing.assert_close(output(model), expected)
+    adapter.detach()
+    assert_same_bits(model.state_dict(), base.state_dict())
+
+
+def test_each_adapter_trains_its_own_head() -> None:
+    model = plain()
+    base = deepcopy(model)
+    one = put(model, "one", ["q_proj"], also_train=["head"])
+    two = put(model, "two", ["q_proj"], also_train=["head"], seed=2)
+    assert type(two.copies["head"].module) is nn.Linear
+    for name, adapter in (("one", one), ("two", two)):
+        tg.activate(model, name)
+        torch.testing.assert_close(output(model), output(dense(base, adapter)))
+    assert torch.equal(model.head.weight, base.head.weight)
+
+
+def test_also_train_takes_a_sequential_and_its_layers_are_no_sites() -> None:
+    model = plain()
+    base = deepcopy(model)
+    adapter = put(model, targets=["@linear"], also_train=["mlp"])
+    assert {site.name for site in adapter.sites} == {"attn.q_proj", "attn.out_proj"}
+    trained = sum(p.numel() for p in base.mlp.parameters())
+    assert adapter.count().trainable == trained + 2 * RANK * (8 + 8)
+    torch.testing.assert_close(output(model), output(dense(base, adapter)))
+    adapter.merge()
+    torch.testing.assert_close(output(model), output(dense(base, adapter)))
+    adapter.detach()
+    assert_same_bits(model.state_dict(), base.state_dict())
+
+
+def test_count_is_trainable_and_total() -> None:
+    model = plain()
+    base = sum(p.numel() for p in model.parameters())
+    trained = RANK * sum(out + width for out, width in SHAPES.values())
+    count = put(model).count()
+    assert (count.trainable, count.total) == (trained, base + trained)
+    assert count.percent == pytest.approx(100 * trained / (base + trained))
+
+
+def test_seeds_fix_each_site_whatever_else_is_selected() -> None:
+    def tensors(targets: Any, seed: int) -> dict[str, Tensor]:
+        return dict(tg.apply(plain(), "lora", targets, seed=seed, rank=RANK).named_parameters())
+
+    everything, some, other = tensors("@all", 4), tensors("q_proj", 4), tensors("@all", 5)
+    assert torch.equal(some["attn.q_proj.A"], everything["attn.q_proj.A"])
+    assert not torch.equal(everything["attn.q_proj.A"], other["attn.q_proj.A"])
+    assert not torch.equal(everything["attn.q_proj.A"], everything["attn.out_proj.A"])
+
+
+class Shift:
+    """A method that adds a vector to every column of the weight: h = base(x) + v·Σx. It records what it is asked."""
+
+    def __init__(self, refuse: str = "") -> None:
+        self.refuse = refuse
+        self.steps: list[Any] = []
+
+    @tg.hookimpl
+    def adapter_method(self) -> tg.Method:
+        return tg.Method("shift", tg.Config, "adds a vector to every column", "none", kinds=frozenset({"Linear"}))
+
+    @tg.hookimpl
+    def adapter_init(self, site: tg.Site) -> dict[str, Tensor]:
+        if site.name == self.refuse:
+            raise RuntimeError("no shift for this one")
+        return {"v": torch.full((site.out_features,), 0.5, dtype=torch.float64)}
+
+    @tg.hookimpl
+    def adapter_forward(self, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        return base(x) + x.sum(-1, keepdim=True) * params["v"]
+
+    @tg.hookimpl
+    def adapter_merge(self, params: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        return weight + params["v"][:, None]
+
+    @tg.hookimpl
+    def adapter_unmerge(self, params: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        return weight - params["v"][:, None]
+
+    @tg.hookimpl
+    def adapter_param_groups(self, adapter: tg.Adapter, lr: float) -> list[dict[str, Any]]:
+        return [{"params": adapter.parameters(), "lr": 7 * lr}]
+
+    @tg.hookimpl
+    def adapter_penalty(self, site: tg.Site, params: Mapping[str, Tensor]) -> Tensor | None:
+        return None if site.name == "mlp.0" else params["v"].square().sum()
+
+    @tg.hookimpl
+    def adapter_step(self, adapter: tg.Adapter, step: int, metrics: Mapping[str, float]) -> None:
+        self.steps.append((adapter.name, step, dict(metrics)))
+
+
+@pytest.fixture
+def shift() -> Iterator[Shift]:
+    plugin = Shift()
+    tg.registry().register(plugin, "shift")
+    yield plugin
+    tg.registry().unregister("shift")
+
+
+def test_training_calls_the_hooks_of_the_method(shift: Shift) -> None:
+    model = plain()
+    base = deepcopy(model)
+    adapter = tg.apply(model, "shift", ["q_proj", "mlp.0", "mlp.2"], name="s")
+    (group,) = adapter.param_groups(lr=0.1)
+    assert group["lr"] == pytest.approx(0.7)
+    assert [id(p) for p in group["params"]] == [id(p) for p in adapter.parameters()]
+    penalty = adapter.penalty()
+    torch.testing.assert_close(penalty.detach(), torch.tensor(0.25 * (8 + 8)), check_dtype=False)
+    penalty.backward()
+    torch.testing.assert_close(adapter.parts["mlp.2"].v.grad, torch.ones(8).double())
+    optimizer = torch.optim.SGD([group])
+    adapter.step(optimizer, step=3, metrics={"loss": 2.0})
+    adapter.step(optimizer, step=4)
+    assert shift.steps == [("s", 3, {"loss": 2.0}), ("s", 4, {})]
+    for name in ("attn.q_proj", "mlp.0", "mlp.2"):
+        base.get_submodule(name).weight.data += 0.5
+    torch.testing.assert_close(output(model), output(base))
+    adapter.merge()
+    torch.testing.assert_close(output(model), output(base))
+
+
+def test_a_method_without_training_hooks_has_defaults() -> None:
+    adapter = put(plain())
+    (group,) = adapter.param_groups(lr=0.1, weight_decay=0.03)
+    assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.1, 0.03, len(adapter.parameters()))
+    adapter.step(torch.optim.SGD([group]), step=1)
+    assert adapter.penalty().item() == 0
+
+
+def test_a_failure_on_one_layer_leaves_the_model_unchanged(shift: Shift) -> None:
+    model = plain()
+    before = bits(model), [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
+    shift.refuse = "mlp.0"
+    with pytest.raises(RuntimeError, match="no shift for this one"):
+        tg.apply(model, "shift", "@linear")
+    with pytest.raises(tg.AttachError, match=r"embed: shift does not work on Embedding layers, only on Linear"):
+        tg.apply(model, "shift", ["q_proj", "embed"])
+    assert tg.adapters(model) == {}
+    assert_same_bits(before[0], model.state_dict())
+    after = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
+    assert before[1:] == after
+
+
+@pytest.mark.parametrize("name", ["lora", "weight", "default", "adapters", "module", "A", "1"])
+def test_provoking_names_work(name: str) -> None:
+    model = plain()
+    base = deepcopy(model)
+    adapter = put(model, name, also_train=["head"])
+    torch.testing.assert_close(output(_pickled(model)), output(dense(base, adapter)))
+    adapter.detach()
+    assert_same_bits(model.state_dict(), base.state_dict())
+
+
+@pytest.mark.parametrize("name", ["a.b", "forward", "keys", "", "training", "_modules", "weights.1"])
+def test_names_that_torch_does_not_take_are_refused(name: str) -> None:
+    model = plain()
+    with pytest.raises(tg.AttachError, match="cannot be an adapter's name"):
+        put(model, name)
+    assert tg.adapters(model) == {}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+class OwnForward(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
+        return 2 * F.embedding(input, self.weight)
+
+
+def _replaced_forward() -> nn.Module:
+    model = plain()
+    model.head.forward = lambda x, old=model.head.forward: old(x)
+    return model
+
+
+def _own_forward() -> nn.Module:
+    model = plain()
+    model.embed = OwnForward(11, 6)
+    return model
+
+
+def _parametrized() -> nn.Module:
+    model = plain()
+    nn.utils.parametrizations.weight_norm(model.mlp[0])
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "forward on the instance": (_replaced_forward, "head", "head has a forward that was replaced on the instance"),
+    "class with its own forward": (_own_forward, "embed", "embed is a OwnForward, whose forward is its own and not Embedding's"),
+    "parametrization": (_parametrized, "mlp.0", r"mlp\.0.* has a weight that is computed, not stored"),
+    "projection of an attention": (lambda: encoder(), "out_proj", "out_proj belongs to a MultiheadAttention"),
+    "max_norm": (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), "0", "0 has max_norm"),
+    "quantized": (lambda: nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), "0", "0 has a weight of type float8_e4m3fn"),
+    "no such layer": (plain, "q_porj", "near names: .*q_proj"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_layers_that_would_pass_over_the_adapter_are_refused_with_the_reason(case: str) -> None:
+    make, target, reason = REFUSED[case]
+    model = make()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(tg.SelectionError, match=reason):
+        tg.apply(model, "lora", [target])
+    assert [type(module) for module in model.modules()] == before
+    assert tg.adapters(model) == {}
+
+
+def test_an_unknown_method_and_an_empty_selection_are_refused() -> None:
+    with pytest.raises(tg.PluginError, match="no plugin 'loar'; near names: lora"):
+        tg.apply(plain(), "loar")
+    with pytest.raises(tg.SelectionError):
+        tg.apply(plain(), "lora", ["q_proj", "!q_proj"])
+    with pytest.raises(tg.AttachError, match="nothing is selected"):
+        tg.apply(plain(), "lora", ["nowhere"], allow_unmatched=True)
+
+
+def encoder() -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).double().eval()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_fused_encoder_does_not_pass_over_adapters(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: list[int] = []
+    kernel = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: fused.append(1) or kernel(*args))
+    model = encoder()
+    base = deepcopy(model)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    mask = torch.arange(5) >= torch.tensor([[5], [3]]) if masked else None
+
+    def run(model: nn.Module) -> Tensor:
+        out = model(x, src_key_padding_mask=mask)
+        return (out if mask is None else out[~mask]).detach()
+
+    def run_fused(model: nn.Module) -> tuple[Tensor, bool]:
+        fused.clear()
+        with torch.no_grad():
+            return run(model), bool(fused)
+
+    assert run_fused(model)[1]
+    adapter = put(model, targets=["linear1", "linear2"])
+    expected = run(dense(base, adapter).train())  # training never takes the fused path
+    assert (expected - run_fused(base)[0]).abs().max() > 0.1
+    torch.testing.assert_close(run_fused(model), (expected, False))
+    torch.testing.assert_close(run(model), expected)
+    adapter.merge()
+    torch.testing.assert_close(run_fused(model)[0], expected)
+    adapter.detach()
+    assert model.use_nested_tensor
+    torch.testing.assert_close(run_fused(model), run_fused(base))
+    assert run_fused(model)[1]

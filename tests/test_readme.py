@@ -1,0 +1,28 @@
+"""The README's Python runs as it stands, and its figures are what it prints."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_example_runs_and_prints_what_its_comment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert example is not None
+    exec(compile(example[1], "README.md", "exec"), {})
+    printed = capsys.readouterr().out.strip()
+    assert printed
+    assert f"# {printed}\n" in example[1]
+
+
+def test_every_command_of_the_table_exists(adapt) -> None:
+    commands = set(re.findall(r"^\| `adapt (\w+)", README, re.MULTILINE))
+    assert commands == {"inspect", "plugins", "apply", "check", "merge", "unmerge"}
+    assert all(adapt(command, "--help").code == 0 for command in commands)
