@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+
 from torchgraft_cli.commands.inspect import show_selection
 from torchgraft_cli.options import choose
 

@@ -1,10 +1,10 @@
-"""Adapters on a model: what attaching leaves alone, switching, copying, training whole modules, taking off, and what is refused."""
+"""Adapters on a model: what attaching leaves alone, switching, copying, training whole modules, taking off."""
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import torchgraft as tg
 from models import Plain, build, perturb_
@@ -56,8 +55,9 @@ def dense(base: nn.Module, *adapters: tg.Adapter) -> nn.Module:
     return copy
 
 
+@torch.no_grad()
 def output(model: nn.Module) -> Tensor:
-    return model(TOKENS).detach()
+    return model(TOKENS)
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ def test_several_adapters_add_up_and_any_set_can_be_active() -> None:
         tg.activate(model, *names)
         assert {name for name, adapter in found.items() if adapter.active} == set(names)
         torch.testing.assert_close(output(model), output(dense(base, *(found[name] for name in names))))
-    with pytest.raises(tg.AttachError, match="'tow'.*near names: two.*it has one, two, three"):
+    with pytest.raises(tg.AttachError, match=r"'tow'.*near names: two.*it has one, two, three"):
         tg.activate(model, "one", "tow")
     assert all(adapter.active for adapter in found.values())
     found["two"].detach()
@@ -205,7 +205,7 @@ TRIO = [("one", ["@all"], 1, 3), ("two", ["q_proj", "embed"], 2, 2), ("three", [
 @pytest.mark.parametrize("before", [True, False])
 def test_disabled_restores_the_previous_state(before: bool) -> None:
     model = plain()
-    base = output(model)
+    base = output(model.requires_grad_(False))  # torch's linear rounds otherwise where its bias is trained
     adapter, other = put(model, "a"), put(model, "b", seed=2)
     other.active, adapter.active = False, before
     with adapter.disabled(), adapter.disabled():
@@ -241,7 +241,7 @@ def test_a_layer_of_the_base_stays_in_training_mode() -> None:
 
 def test_a_trained_head_runs_in_place_of_the_base(tmp_path: Path) -> None:
     model = plain()
-    base = deepcopy(model)
+    base = deepcopy(model).requires_grad_(False)
     adapter = put(model, targets=["q_proj"], also_train=["head"])
     expected = output(dense(base, adapter))
     own = adapter.copies["head"].module.weight
@@ -306,210 +306,3 @@ def test_seeds_fix_each_site_whatever_else_is_selected() -> None:
     assert torch.equal(some["attn.q_proj.A"], everything["attn.q_proj.A"])
     assert not torch.equal(everything["attn.q_proj.A"], other["attn.q_proj.A"])
     assert not torch.equal(everything["attn.q_proj.A"], everything["attn.out_proj.A"])
-
-
-class Shift:
-    """A method that adds a vector to every column of the weight: h = base(x) + v·Σx. It records what it is asked."""
-
-    def __init__(self, refuse: str = "") -> None:
-        self.refuse = refuse
-        self.steps: list[Any] = []
-
-    @tg.hookimpl
-    def adapter_method(self) -> tg.Method:
-        return tg.Method("shift", tg.Config, "adds a vector to every column", "none", kinds=frozenset({"Linear"}))
-
-    @tg.hookimpl
-    def adapter_init(self, site: tg.Site) -> dict[str, Tensor]:
-        if site.name == self.refuse:
-            raise RuntimeError("no shift for this one")
-        return {"v": torch.full((site.out_features,), 0.5, dtype=torch.float64)}
-
-    @tg.hookimpl
-    def adapter_forward(self, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-        return base(x) + x.sum(-1, keepdim=True) * params["v"]
-
-    @tg.hookimpl
-    def adapter_merge(self, params: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-        return weight + params["v"][:, None]
-
-    @tg.hookimpl
-    def adapter_unmerge(self, params: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-        return weight - params["v"][:, None]
-
-    @tg.hookimpl
-    def adapter_param_groups(self, adapter: tg.Adapter, lr: float) -> list[dict[str, Any]]:
-        return [{"params": adapter.parameters(), "lr": 7 * lr}]
-
-    @tg.hookimpl
-    def adapter_penalty(self, site: tg.Site, params: Mapping[str, Tensor]) -> Tensor | None:
-        return None if site.name == "mlp.0" else params["v"].square().sum()
-
-    @tg.hookimpl
-    def adapter_step(self, adapter: tg.Adapter, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps.append((adapter.name, step, dict(metrics)))
-
-
-@pytest.fixture
-def shift() -> Iterator[Shift]:
-    plugin = Shift()
-    tg.registry().register(plugin, "shift")
-    yield plugin
-    tg.registry().unregister("shift")
-
-
-def test_training_calls_the_hooks_of_the_method(shift: Shift) -> None:
-    model = plain()
-    base = deepcopy(model)
-    adapter = tg.apply(model, "shift", ["q_proj", "mlp.0", "mlp.2"], name="s")
-    (group,) = adapter.param_groups(lr=0.1)
-    assert group["lr"] == pytest.approx(0.7)
-    assert [id(p) for p in group["params"]] == [id(p) for p in adapter.parameters()]
-    penalty = adapter.penalty()
-    torch.testing.assert_close(penalty.detach(), torch.tensor(0.25 * (8 + 8)), check_dtype=False)
-    penalty.backward()
-    torch.testing.assert_close(adapter.parts["mlp.2"].v.grad, torch.ones(8).double())
-    optimizer = torch.optim.SGD([group])
-    adapter.step(optimizer, step=3, metrics={"loss": 2.0})
-    adapter.step(optimizer, step=4)
-    assert shift.steps == [("s", 3, {"loss": 2.0}), ("s", 4, {})]
-    for name in ("attn.q_proj", "mlp.0", "mlp.2"):
-        base.get_submodule(name).weight.data += 0.5
-    torch.testing.assert_close(output(model), output(base))
-    adapter.merge()
-    torch.testing.assert_close(output(model), output(base))
-
-
-def test_a_method_without_training_hooks_has_defaults() -> None:
-    adapter = put(plain())
-    (group,) = adapter.param_groups(lr=0.1, weight_decay=0.03)
-    assert (group["lr"], group["weight_decay"], len(group["params"])) == (0.1, 0.03, len(adapter.parameters()))
-    adapter.step(torch.optim.SGD([group]), step=1)
-    assert adapter.penalty().item() == 0
-
-
-def test_a_failure_on_one_layer_leaves_the_model_unchanged(shift: Shift) -> None:
-    model = plain()
-    before = bits(model), [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
-    shift.refuse = "mlp.0"
-    with pytest.raises(RuntimeError, match="no shift for this one"):
-        tg.apply(model, "shift", "@linear")
-    with pytest.raises(tg.AttachError, match=r"embed: shift does not work on Embedding layers, only on Linear"):
-        tg.apply(model, "shift", ["q_proj", "embed"])
-    assert tg.adapters(model) == {}
-    assert_same_bits(before[0], model.state_dict())
-    after = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
-    assert before[1:] == after
-
-
-@pytest.mark.parametrize("name", ["lora", "weight", "default", "adapters", "module", "A", "1"])
-def test_provoking_names_work(name: str) -> None:
-    model = plain()
-    base = deepcopy(model)
-    adapter = put(model, name, also_train=["head"])
-    torch.testing.assert_close(output(_pickled(model)), output(dense(base, adapter)))
-    adapter.detach()
-    assert_same_bits(model.state_dict(), base.state_dict())
-
-
-@pytest.mark.parametrize("name", ["a.b", "forward", "keys", "", "training", "_modules", "weights.1"])
-def test_names_that_torch_does_not_take_are_refused(name: str) -> None:
-    model = plain()
-    with pytest.raises(tg.AttachError, match="cannot be an adapter's name"):
-        put(model, name)
-    assert tg.adapters(model) == {}
-    assert all(p.requires_grad for p in model.parameters())
-
-
-class OwnForward(nn.Embedding):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # torch's own name
-        return 2 * F.embedding(input, self.weight)
-
-
-def _replaced_forward() -> nn.Module:
-    model = plain()
-    model.head.forward = lambda x, old=model.head.forward: old(x)
-    return model
-
-
-def _own_forward() -> nn.Module:
-    model = plain()
-    model.embed = OwnForward(11, 6)
-    return model
-
-
-def _parametrized() -> nn.Module:
-    model = plain()
-    nn.utils.parametrizations.weight_norm(model.mlp[0])
-    return model
-
-
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "forward on the instance": (_replaced_forward, "head", "head has a forward that was replaced on the instance"),
-    "class with its own forward": (_own_forward, "embed", "embed is a OwnForward, whose forward is its own and not Embedding's"),
-    "parametrization": (_parametrized, "mlp.0", r"mlp\.0.* has a weight that is computed, not stored"),
-    "projection of an attention": (lambda: encoder(), "out_proj", "out_proj belongs to a MultiheadAttention"),
-    "max_norm": (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), "0", "0 has max_norm"),
-    "quantized": (lambda: nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), "0", "0 has a weight of type float8_e4m3fn"),
-    "no such layer": (plain, "q_porj", "near names: .*q_proj"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_layers_that_would_pass_over_the_adapter_are_refused_with_the_reason(case: str) -> None:
-    make, target, reason = REFUSED[case]
-    model = make()
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(tg.SelectionError, match=reason):
-        tg.apply(model, "lora", [target])
-    assert [type(module) for module in model.modules()] == before
-    assert tg.adapters(model) == {}
-
-
-def test_an_unknown_method_and_an_empty_selection_are_refused() -> None:
-    with pytest.raises(tg.PluginError, match="no plugin 'loar'; near names: lora"):
-        tg.apply(plain(), "loar")
-    with pytest.raises(tg.SelectionError):
-        tg.apply(plain(), "lora", ["q_proj", "!q_proj"])
-    with pytest.raises(tg.AttachError, match="nothing is selected"):
-        tg.apply(plain(), "lora", ["nowhere"], allow_unmatched=True)
-
-
-def encoder() -> nn.TransformerEncoder:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
-    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=True).double().eval()
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@pytest.mark.parametrize("masked", [False, True])
-def test_torchs_fused_encoder_does_not_pass_over_adapters(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    fused: list[int] = []
-    kernel = torch._transformer_encoder_layer_fwd
-    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *args: fused.append(1) or kernel(*args))
-    model = encoder()
-    base = deepcopy(model)
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    mask = torch.arange(5) >= torch.tensor([[5], [3]]) if masked else None
-
-    def run(model: nn.Module) -> Tensor:
-        out = model(x, src_key_padding_mask=mask)
-        return (out if mask is None else out[~mask]).detach()
-
-    def run_fused(model: nn.Module) -> tuple[Tensor, bool]:
-        fused.clear()
-        with torch.no_grad():
-            return run(model), bool(fused)
-
-    assert run_fused(model)[1]
-    adapter = put(model, targets=["linear1", "linear2"])
-    expected = run(dense(base, adapter).train())  # training never takes the fused path
-    assert (expected - run_fused(base)[0]).abs().max() > 0.1
-    torch.testing.assert_close(run_fused(model), (expected, False))
-    torch.testing.assert_close(run(model), expected)
-    adapter.merge()
-    torch.testing.assert_close(run_fused(model)[0], expected)
-    adapter.detach()
-    assert model.use_nested_tensor
-    torch.testing.assert_close(run_fused(model), run_fused(base))
-    assert run_fused(model)[1]

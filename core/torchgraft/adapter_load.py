@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchgraft.adapter import Adapter
 from torchgraft.adapter_files import read_adapter
 from torchgraft.attaching import attach
+from torchgraft.bases import PairedSite, Pairing, base_of_module
 from torchgraft.errors import PairingError
-from torchgraft.pairing import PairedSite, Pairing, base_of_module, pair
+from torchgraft.pairing import pair
 from torchgraft.planning import Plan
 from torchgraft.site import Site
 

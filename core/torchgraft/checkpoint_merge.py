@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,24 +19,18 @@ from torch import Tensor
 import torchgraft
 from torchgraft import exact
 from torchgraft.adapter_files import NATIVE, PEFT_CONFIG, AdapterFiles, read_adapter
-from torchgraft.adapter_load import read_tensors, site_tensors
+from torchgraft.adapter_load import read_tensors
+from torchgraft.bases import base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
+from torchgraft.checkpoint_verify import SAMPLED_ROWS, verify_merge
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.merge_job import Merge, Progress, copy_bytes, prepare_on, relative_name
 from torchgraft.output import json_bytes, new_directory, refuse_existing
-from torchgraft.pairing import Base, PairedSite, Pairing, base_of_checkpoint, pair
-from torchgraft.safetensors_header import Header, TensorEntry
+from torchgraft.pairing import pair
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sidecars
-from torchgraft.site import to_canonical
-from torchgraft.weights import merged_weight, nearly_unmerged
 
 CORRECTIONS = "corrections.safetensors"
-CHUNK = 1 << 23
-SAMPLED_ROWS = 64
 FORMAT = 1
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were just written."""
 
 
 @dataclass(frozen=True)
@@ -51,37 +44,6 @@ class MergeReport:
     left_out: tuple[str, ...] = ()
     """Files of the base that hold the same weights in another form, unmerged."""
     undo_bytes: int = 0
-
-
-@dataclass
-class Merge:
-    """What one merge knows: tensor → the site that changes it, or the adapter's tensor that replaces it."""
-
-    checkpoint: Checkpoint
-    pairing: Pairing
-    hooks: MethodHooks
-    sites: dict[str, PairedSite]
-    replaced: dict[str, str]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    """The adapter's, by their names in its file."""
-
-    def params(self, paired: PairedSite) -> dict[str, Tensor]:
-        return site_tensors(self.pairing, paired, self.tensors)
-
-    def merged(self, name: str, original: Tensor) -> Tensor:
-        """The tensor `name` with the adapter in it."""
-        if name in self.replaced:
-            return self.tensors[self.replaced[name]].to(original.dtype)
-        paired = self.sites[name]
-        return merged_weight(self.hooks, paired.site.name, paired.site.kind, paired.config, self.params(paired), original)
-
-    def nearly_unmerged(self, name: str, merged: Tensor) -> Tensor:
-        paired = self.sites[name]
-        return nearly_unmerged(self.hooks, paired.site.kind, paired.config, self.params(paired), merged)
-
-    @property
-    def changed(self) -> set[str]:
-        return {*self.sites, *self.replaced}
 
 
 def merge_checkpoint(
@@ -138,7 +100,7 @@ def merge_checkpoint(
         if undo:
             _write_undo(merge, directory, corrections)
         if verify:
-            _verify(merge, directory)
+            verify_merge(merge, directory)
         (directory / RECORD).write_bytes(json_bytes(_record(merge, str(model), carried, corrections, verify, undo)))
         undo_bytes = sum(path.stat().st_size for path in (directory / UNDO).rglob("*") if path.is_file())
     return MergeReport(**{**report.__dict__, "undo_bytes": undo_bytes})
@@ -149,35 +111,6 @@ def prepare(checkpoint: Checkpoint, files: AdapterFiles, kinds: dict[str, str] |
     base = base_of_checkpoint(checkpoint, kinds)
     _refuse_merged(checkpoint, files)
     return prepare_on(checkpoint, pair(files, base).demand(base), base)
-
-
-def prepare_on(checkpoint: Checkpoint, pairing: Pairing, base: Base) -> Merge:
-    sites = {f"{paired.site.name}.weight": paired for paired in pairing.sites}
-    for name in (*pairing.trained, *sites):
-        layer = base.layers.get(name.rpartition(".")[0])
-        if layer is not None and layer.tied and name.endswith(".weight"):
-            raise MergeError(
-                f"{layer.name}: its weight is also that of {', '.join(layer.tied)} (config.json ties them), so merging would change both. "
-                "Untie them first: save the model with tie_word_embeddings=False and a head of its own"
-            )
-    return Merge(checkpoint, pairing, registry().hooks(pairing.method.name), sites, pairing.trained)
-
-
-def copy_bytes(source: BinaryIO, target: BinaryIO, entry: TensorEntry, progress: Progress) -> None:
-    """One tensor's bytes from file to file."""
-    source.seek(entry.begin)
-    left = entry.end - entry.begin
-    while left:
-        chunk = source.read(min(CHUNK, left))
-        if not chunk:
-            raise FileFormatError(f"{source.name}: it became shorter while it was read, at tensor {entry.name!r}")
-        target.write(chunk)
-        left -= len(chunk)
-        progress(len(chunk))
-
-
-def relative_name(checkpoint: Checkpoint, header: Header) -> Path:
-    return header.path.relative_to(checkpoint.directory)
 
 
 def _refuse_merged(checkpoint: Checkpoint, files: AdapterFiles) -> None:
@@ -263,39 +196,3 @@ def _record(
 def _earlier(checkpoint: Checkpoint) -> list[str]:
     record = read_json(checkpoint.directory / RECORD, missing_ok=True)
     return [*record.get("earlier", []), record["adapter"]["sha256"]] if record else []
-
-
-def _verify(merge: Merge, directory: Path) -> None:
-    """Read back what was written and compare it with the same formula in float64."""
-    for header in merge.checkpoint.headers:
-        with (directory / relative_name(merge.checkpoint, header)).open("rb") as written, header.path.open("rb") as source:
-            for entry in header.in_file_order:
-                if entry.name in merge.changed:
-                    _verify_tensor(merge, entry.name, read_tensor(source, entry), read_tensor(written, entry))
-
-
-def _verify_tensor(merge: Merge, name: str, original: Tensor, written: Tensor) -> None:
-    if name in merge.replaced:
-        right = written.equal(merge.tensors[merge.replaced[name]].to(original.dtype))
-    else:
-        right = _rows_agree(merge, merge.sites[name], original, written)
-    if not right:
-        raise MergeError(
-            f"{name}: what was written differs from the float64 reference; the disk or the arithmetic is at fault. Nothing was left behind"
-        )
-
-
-def _rows_agree(merge: Merge, paired: PairedSite, original: Tensor, written: Tensor) -> bool:
-    kind, hooks = paired.site.kind, merge.hooks
-    params = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in merge.params(paired).items()}
-    weight, found = to_canonical(kind, original).double(), to_canonical(kind, written).double()
-    stride = max(1, len(weight) // SAMPLED_ROWS) if hooks.merges_rows else 1
-    for first in range(0, len(weight), stride) if hooks.merges_rows else [0]:
-        rows = slice(first, first + 1) if hooks.merges_rows else slice(None)
-        expected = hooks.merge(paired.config, params, weight[rows], rows)
-        rounding = torch.finfo(original.dtype).eps * expected.abs()
-        smallest = torch.finfo(original.dtype).smallest_normal * torch.finfo(original.dtype).eps
-        arithmetic = smallest + 16 * torch.finfo(torch.float32).eps * (expected.abs().amax() + weight[rows].abs().amax())
-        if not ((found[rows] - expected).abs() <= rounding + arithmetic).all():
-            return False
-    return True

@@ -12,11 +12,13 @@ from torch import Tensor
 from torchgraft import exact
 from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_load import read_tensors
+from torchgraft.bases import base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
-from torchgraft.checkpoint_merge import CORRECTIONS, FORMAT, Merge, Progress, copy_bytes, prepare_on, relative_name
+from torchgraft.checkpoint_merge import CORRECTIONS, FORMAT
 from torchgraft.errors import FileFormatError, MergeError
+from torchgraft.merge_job import Merge, Progress, copy_bytes, prepare_on, relative_name
 from torchgraft.output import new_directory, refuse_existing
-from torchgraft.pairing import base_of_checkpoint, pair
+from torchgraft.pairing import pair
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sidecars
 
 

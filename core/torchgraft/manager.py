@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, cast
 
@@ -60,6 +60,7 @@ class Registry:
         self._infos: dict[str, PluginInfo] = {}
         self._points: dict[str, EntryPoint] = {}
         self._methods: dict[str, Method] = {}
+        self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._refused: list[PluginInfo] = []
         for point in sorted(entry_points(group=GROUP) if points is None else points, key=_bundled_first):
             self._discover(point)
@@ -84,6 +85,7 @@ class Registry:
 
     def unregister(self, name: str) -> None:
         """Remove a plugin that `register` added."""
+        self._callers.clear()
         self._manager.unregister(name=name)
         self._methods.pop(name, None)
         del self._infos[name]
@@ -116,8 +118,7 @@ class Registry:
         """The hooks of the method `name`, with every observer and wrapper around them."""
         method = self.method(name)
         self._load_all()
-        others = [self._manager.get_plugin(other) for other in self._methods if other != name]
-        return MethodHooks(method, self._manager, self._manager.get_plugin(name), others)
+        return MethodHooks(method, _own_hooks(self._manager, self._manager.get_plugin(name)), partial(self._caller, name))
 
     def kinds(self) -> tuple[Kind, ...]:
         """Every kind of layer: those of plugins, then the built-in ones."""
@@ -135,6 +136,13 @@ class Registry:
         if found is None:
             raise PluginError(f"there is no kind of layer {name!r}; is the plugin that adds it installed?")
         return found
+
+    def _caller(self, method: str, hook: str) -> pluggy.HookCaller:
+        """The hook without the other methods' implementations, of those that are registered by now."""
+        if (method, hook) not in self._callers:
+            others = [self._manager.get_plugin(other) for other in self._methods if other != method]
+            self._callers[method, hook] = self._manager.subset_hook_caller(hook, others)
+        return self._callers[method, hook]
 
     def _discover(self, point: EntryPoint) -> None:
         info = _info_of(point)
@@ -178,6 +186,7 @@ class Registry:
 
     def _add(self, plugin: object, info: PluginInfo) -> None:
         _check_hooks(plugin)
+        self._callers.clear()
         self._manager.register(plugin, name=info.name)
         own = _own_hooks(self._manager, plugin)
         try:
@@ -191,14 +200,14 @@ class Registry:
 class MethodHooks:
     """The hooks of one method as plain, typed calls."""
 
-    def __init__(self, method: Method, manager: pluggy.PluginManager, plugin: object, others: list[object]) -> None:
+    def __init__(self, method: Method, own: Mapping[str, pluggy.HookImpl], caller: Callable[[str], pluggy.HookCaller]) -> None:
         self.method = method
-        self._own = _own_hooks(manager, plugin)
-        self._callers = {name: manager.subset_hook_caller(name, others) for name in vars(manager.hook) if name.startswith("adapter_")}
+        self._own = own
+        self._caller = caller
 
     def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
         """Of the tensors that `init` returns, without making them if the method can tell."""
-        shapes: dict[str, Shape] | None = self._callers["adapter_shapes"](site=site, config=config)
+        shapes: dict[str, Shape] | None = self._caller("adapter_shapes")(site=site, config=config)
         if shapes is not None:
             return shapes
         import torch
@@ -208,13 +217,13 @@ class MethodHooks:
         return {name: tuple(tensor.shape) for name, tensor in self.init(blank, config, torch.Generator()).items()}
 
     def init(self, site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = self._callers["adapter_init"](site=site, config=config, generator=generator)
+        tensors: dict[str, Tensor] = self._caller("adapter_init")(site=site, config=config, generator=generator)
         return tensors
 
     @cached_property
     def forward(self) -> Forward:
         """The plugin's own function, unless another plugin observes or wraps it: no pluggy in the hot path."""
-        caller, own = self._callers["adapter_forward"], self._own["adapter_forward"]
+        caller, own = self._caller("adapter_forward"), self._own["adapter_forward"]
         if len(caller.get_hookimpls()) > 1:
             return lambda *args: caller(**dict(zip(FORWARD_ARGUMENTS, args, strict=True)))
         function: Forward = cast(Forward, own.function)
@@ -229,23 +238,23 @@ class MethodHooks:
         return all("rows" in self._own[name].argnames for name in ("adapter_merge", "adapter_unmerge"))
 
     def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        merged: Tensor = self._callers["adapter_merge"](config=config, params=params, weight=weight, rows=rows)
+        merged: Tensor = self._caller("adapter_merge")(config=config, params=params, weight=weight, rows=rows)
         return merged
 
     def unmerge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        restored: Tensor = self._callers["adapter_unmerge"](config=config, params=params, weight=weight, rows=rows)
+        restored: Tensor = self._caller("adapter_unmerge")(config=config, params=params, weight=weight, rows=rows)
         return restored
 
     def param_groups(self, **arguments: Any) -> list[dict[str, Any]] | None:
-        groups: list[dict[str, Any]] | None = self._callers["adapter_param_groups"](**arguments)
+        groups: list[dict[str, Any]] | None = self._caller("adapter_param_groups")(**arguments)
         return groups
 
     def penalty(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> Tensor | None:
-        penalty: Tensor | None = self._callers["adapter_penalty"](site=site, config=config, params=params)
+        penalty: Tensor | None = self._caller("adapter_penalty")(site=site, config=config, params=params)
         return penalty
 
     def step(self, **arguments: Any) -> None:
-        self._callers["adapter_step"](**arguments)
+        self._caller("adapter_step")(**arguments)
 
 
 @cache
@@ -254,8 +263,18 @@ def registry() -> Registry:
     return Registry()
 
 
+class _Manager(pluggy.PluginManager):
+    """Calls a method's own implementation last: its result ends the call, and observers are to see every call."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        options = super().parse_hookimpl_opts(plugin, name)
+        if options is not None and hasattr(plugin, "adapter_method") and not (options["wrapper"] or options["hookwrapper"]):
+            options["trylast"] = True
+        return options
+
+
 def _new_manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager = _Manager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
 

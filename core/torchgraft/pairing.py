@@ -3,89 +3,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from torchgraft import fingerprint, peft_names
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.checkpoint import Checkpoint
-from torchgraft.checkpoint_layers import layers_of_checkpoint
-from torchgraft.config import Config, parse_config
-from torchgraft.errors import PairingError, TorchgraftError
+from torchgraft.bases import Base, PairedSite, Pairing, is_inside, owner_of
+from torchgraft.config import parse_config
+from torchgraft.errors import TorchgraftError
 from torchgraft.kinds import Shape
-from torchgraft.layers import Layer, by_name
+from torchgraft.layers import Layer
 from torchgraft.manager import registry
-from torchgraft.method import Method
+from torchgraft.peft_pairing import pair_peft
 from torchgraft.planning import site_of
 from torchgraft.selection import near
-from torchgraft.site import Site
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SHOWN = 3
 OTHER_BASE = "the base's weight is not the one that the adapter was made for: another model, or one that was merged into"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model or a checkpoint, as far as pairing looks at it."""
-
-    label: str
-    layers: Mapping[str, Layer]
-    tensors: Mapping[str, Shape]
-    fingerprint: Callable[[str], str]
-    """Of the layer's weight."""
-    is_module: bool
-
-
-@dataclass(frozen=True)
-class PairedSite:
-    site: Site
-    config: Config
-    tensors: dict[str, str]
-    """The method's (or PEFT's) name of each tensor → its name in the file."""
-
-
-@dataclass
-class Pairing:
-    files: AdapterFiles
-    method: Method
-    config: Config
-    sites: list[PairedSite] = field(default_factory=list)
-    also_train: tuple[str, ...] = ()
-    trained: dict[str, str] = field(default_factory=dict)
-    """The base's tensor that is replaced whole → the name in the adapter's file."""
-    problems: list[str] = field(default_factory=list)
-
-    def demand(self, base: Base) -> Pairing:
-        """
-        Raises:
-            PairingError: there are problems.
-        """
-        if self.problems:
-            more = f" (and {len(self.problems) - 1} more: 'adapt check' lists them)" if len(self.problems) > 1 else ""
-            raise PairingError(f"{self.files.directory} does not fit {base.label}: {self.problems[0]}{more}", tuple(self.problems))
-        return self
-
-
-def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> Base:
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    layers = by_name(layers_of_checkpoint(checkpoint, kinds))
-    return Base(str(checkpoint.root), layers, shapes, lambda name: fingerprint.of_file(checkpoint, f"{name}.weight"), is_module=False)
-
-
-def base_of_module(model: nn.Module) -> Base:
-    from torchgraft.module_layers import layers_of_module, own_state
-
-    layers = by_name(layers_of_module(model, registry().kinds()))
-    shapes = {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
-
-    def sample(name: str) -> str:
-        return fingerprint.of_tensor(model.get_submodule(name).weight)  # type: ignore[arg-type]
-
-    return Base(type(model).__name__, layers, shapes, sample, is_module=True)
 
 
 def pair(files: AdapterFiles, base: Base) -> Pairing:
@@ -96,7 +31,7 @@ def pair(files: AdapterFiles, base: Base) -> Pairing:
         PairingError: no installed method reads this adapter.
         ConfigError: its options are not valid.
     """
-    pairing = _pair_native(files, base) if files.native else _pair_peft(files, base)
+    pairing = _pair_native(files, base) if files.native else pair_peft(files, base)
     _check_tensors(pairing, base)
     return pairing
 
@@ -136,92 +71,6 @@ def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str
     return replace(layer, groups=entry.get("groups", 1)), ""
 
 
-def _pair_peft(files: AdapterFiles, base: Base) -> Pairing:
-    method, config = _method_of_peft(files)
-    assert method.peft is not None
-    also_train = _saved_modules(files, base)
-    pairing = Pairing(files, method, config, also_train=also_train)
-    sites: dict[str, str] = {}
-    for key in files.shapes:
-        name = key.removeprefix(peft_names.PREFIX)
-        if name == key:
-            pairing.problems.append(f"the tensor {key!r} does not start with {peft_names.PREFIX!r}, as PEFT's names do")
-        elif not _is_inside(name, also_train):
-            sites[name] = _owner(name, base.layers)
-    for name in dict.fromkeys(owner for owner in sites.values() if owner):
-        _pair_peft_site(
-            pairing, files, base.layers[name], [peft_names.PREFIX + key for key, owner in sites.items() if owner == name], base.is_module
-        )
-    for layer in dict.fromkeys(base.layers.values()):
-        if layer.kind is not None and layer.name not in sites.values() and peft_names.is_target(files.peft, layer):
-            pairing.problems.append(f"{layer.name}: the adapter's target_modules name this layer, and there is no tensor for it")
-    return pairing
-
-
-def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors: list[str], is_module: bool) -> None:
-    peft = dict(files.peft)
-    named = {name: files.shapes[name][1] for name in tensors}
-    if layer.kind is None:
-        pairing.problems.append(
-            f"{layer.name}: {layer.reason or f'is a {layer.role} layer of shape {list(layer.shape)}, which no adapter fits'}"
-        )
-        return
-    assert pairing.method.peft is not None
-    suffixes = {name.removeprefix(f"{peft_names.PREFIX}{layer.name}."): shape for name, shape in named.items()}
-    groups = layer.groups if is_module else pairing.method.peft.groups(layer.shape, suffixes)
-    site = site_of(replace(layer, groups=groups))
-    try:
-        peft["r"] = peft_names.pattern_value(peft.get("rank_pattern") or {}, layer.name, peft.get("r", 8))
-        peft["lora_alpha"] = peft_names.pattern_value(peft.get("alpha_pattern") or {}, layer.name, peft.get("lora_alpha", 8))
-        config = pairing.method.peft.from_config(peft, site)
-    except (TypeError, ValueError) as error:
-        pairing.problems.append(f"{layer.name}: adapter_config.json is not valid for it: {' '.join(str(error).split())}")
-        return
-    except PairingError as error:
-        pairing.problems.append(str(error))
-        return
-    assert config is not None
-    pairing.sites.append(PairedSite(site, config, {}))
-
-
-def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:
-    kind = files.peft.get("peft_type")
-    for method in registry().methods():
-        try:
-            config = method.peft.from_config(files.peft) if method.peft is not None else None
-        except (TypeError, ValueError) as error:
-            raise PairingError(f"{files.directory}: adapter_config.json is not valid: {' '.join(str(error).split())}") from None
-        if config is not None:
-            return method, config
-    said = f"peft_type {kind!r}" + (" with use_dora" if files.peft.get("use_dora") else "")
-    raise PairingError(f"{files.directory}: no installed method reads PEFT's {said}; see 'adapt plugins list'")
-
-
-def _saved_modules(files: AdapterFiles, base: Base) -> tuple[str, ...]:
-    """The base's modules that `modules_to_save` names; and the names that it alone explains, though the base lacks them."""
-    wanted = tuple(files.peft.get("modules_to_save") or [])
-    found = peft_names.saved_modules(wanted, _parents(base.tensors))
-    in_file = _parents(name.removeprefix(peft_names.PREFIX) for name in files.shapes)
-    absent = [name for name in in_file if any(name == want or name.endswith(f".{want}") for want in wanted) and not _is_inside(name, found)]
-    return (*found, *absent)
-
-
-def _parents(tensors: Iterable[str]) -> list[str]:
-    """Every module that the names of tensors imply."""
-    return sorted({name[:place] for name in tensors for place, character in enumerate(name) if character == "."})
-
-
-def _owner(tensor: str, layers: Mapping[str, Layer]) -> str:
-    """The layer whose name the tensor's begins with; the longest such, or ""."""
-    segments = tensor.split(".")
-    names = (".".join(segments[:end]) for end in range(len(segments) - 1, 0, -1))
-    return next((layers[name].name for name in names if name in layers), "")
-
-
-def _is_inside(name: str, modules: Any) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
 def _check_tensors(pairing: Pairing, base: Base) -> None:
     """Every expected tensor is there with its shape, and there is no other."""
     files, used = pairing.files, set[str]()
@@ -233,7 +82,7 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
         used.update(named.values())
         pairing.problems += [p for suffix, shape in expected.items() if (p := _problem(files, named[suffix], shape))]
     for module in pairing.also_train:
-        inside = {name: shape for name, shape in base.tensors.items() if _is_inside(name, [module])}
+        inside = {name: shape for name, shape in base.tensors.items() if is_inside(name, [module])}
         if not inside:
             pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter holds it whole")
         pairing.trained.update({name: prefix + name for name in inside})
@@ -241,10 +90,10 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
         used.update(
             name
             for name in files.shapes
-            if _is_inside(name.removeprefix(prefix), [module]) and (inside == {} or name.removeprefix(prefix) in inside)
+            if is_inside(name.removeprefix(prefix), [module]) and (inside == {} or name.removeprefix(prefix) in inside)
         )
     for module in files.native.get("also_saved", []):
-        used.update(name for name in files.shapes if _is_inside(name.removeprefix(prefix), [module]))
+        used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), [module]))
     used.update(_frozen_copies(pairing, base))
     pairing.problems += _left_over([name for name in files.shapes if name not in used], base, prefix)
 
@@ -286,7 +135,7 @@ def _left_over(names: list[str], base: Base, prefix: str) -> list[str]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         bare = name.removeprefix(prefix)
-        owner = _owner(bare, base.layers)
+        owner = owner_of(bare, base.layers)
         module = owner or ".".join(bare.split(".")[:-2]) or bare
         groups[module].append(name)
     problems = []

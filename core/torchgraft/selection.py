@@ -210,15 +210,15 @@ def parse_blocks(blocks: str | Iterable[int]) -> list[range]:
 def _nothing_matches(pattern: Pattern, layers: Sequence[Layer], sites: list[Layer], blocks: object) -> str:
     body = pattern.text.removeprefix("!")
     start = f"the pattern {pattern.text!r} matches no layer"
+    unfit = next((layer for layer in layers if layer.kind is None and pattern.matches(layer)), None)
+    if unfit is not None:
+        return f"{start} that can be adapted: {unfit.name} {unfit.reason or f'is a {unfit.role} layer of shape {list(unfit.shape)}'}"
     if not sites:
         return f"{start}: nothing in this model can be adapted"
     if blocks is not None and any(pattern.matches(layer) for layer in sites):
         return f"{start} in blocks {blocks}, though it does in others"
     if body.startswith("@"):
         return f"{start}; the roles here are {', '.join('@' + role for role in sorted({layer.role for layer in sites}))}"
-    unfit = next((layer for layer in layers if layer.kind is None and pattern.matches(layer)), None)
-    if unfit is not None:
-        return f"{start} that can be adapted: {unfit.name} {unfit.reason or f'is a {unfit.role} layer of shape {list(unfit.shape)}'}"
     if (container := _container(body, sites)) is not None:
         return f"{start}: it names a container; write '{container}' for what is in it"
     return start + _near_pattern(body, sites)

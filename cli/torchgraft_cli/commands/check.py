@@ -19,8 +19,9 @@ from torchgraft_cli.options import json_option, kind_option, parse_kinds
 def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> None:
     """Compare ADAPTER with MODEL and list everything that does not fit. Exits with 0 if all does, else with 2."""
     from torchgraft.adapter_files import read_adapter
+    from torchgraft.bases import base_of_checkpoint
     from torchgraft.checkpoint import open_checkpoint
-    from torchgraft.pairing import base_of_checkpoint, check as problems_of
+    from torchgraft.pairing import check as problems_of
 
     files = read_adapter(adapter)
     problems = problems_of(files, base_of_checkpoint(open_checkpoint(model), parse_kinds(kinds)))

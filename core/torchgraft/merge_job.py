@@ -1,0 +1,83 @@
+"""One merge in files: which tensor is changed by what. Merging, verifying and unmerging all work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from torchgraft.adapter_load import site_tensors
+from torchgraft.bases import Base, PairedSite, Pairing
+from torchgraft.checkpoint import Checkpoint
+from torchgraft.errors import FileFormatError, MergeError
+from torchgraft.manager import MethodHooks, registry
+from torchgraft.safetensors_header import Header, TensorEntry
+from torchgraft.weights import merged_weight, nearly_unmerged
+
+CHUNK = 1 << 23
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were just written."""
+
+
+@dataclass
+class Merge:
+    """What one merge knows: tensor → the site that changes it, or the adapter's tensor that replaces it."""
+
+    checkpoint: Checkpoint
+    pairing: Pairing
+    hooks: MethodHooks
+    sites: dict[str, PairedSite]
+    replaced: dict[str, str]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """The adapter's, by their names in its file."""
+
+    def params(self, paired: PairedSite) -> dict[str, Tensor]:
+        return site_tensors(self.pairing, paired, self.tensors)
+
+    def merged(self, name: str, original: Tensor) -> Tensor:
+        """The tensor `name` with the adapter in it."""
+        if name in self.replaced:
+            return self.tensors[self.replaced[name]].to(original.dtype)
+        paired = self.sites[name]
+        return merged_weight(self.hooks, paired.site.name, paired.site.kind, paired.config, self.params(paired), original)
+
+    def nearly_unmerged(self, name: str, merged: Tensor) -> Tensor:
+        paired = self.sites[name]
+        return nearly_unmerged(self.hooks, paired.site.kind, paired.config, self.params(paired), merged)
+
+    @property
+    def changed(self) -> set[str]:
+        return {*self.sites, *self.replaced}
+
+
+def prepare_on(checkpoint: Checkpoint, pairing: Pairing, base: Base) -> Merge:
+    sites = {f"{paired.site.name}.weight": paired for paired in pairing.sites}
+    for name in (*pairing.trained, *sites):
+        layer = base.layers.get(name.rpartition(".")[0])
+        if layer is not None and layer.tied and name.endswith(".weight"):
+            raise MergeError(
+                f"{layer.name}: its weight is also that of {', '.join(layer.tied)} (config.json ties them), so merging would change both. "
+                "Untie them first: save the model with tie_word_embeddings=False and a head of its own"
+            )
+    return Merge(checkpoint, pairing, registry().hooks(pairing.method.name), sites, pairing.trained)
+
+
+def copy_bytes(source: BinaryIO, target: BinaryIO, entry: TensorEntry, progress: Progress) -> None:
+    """One tensor's bytes from file to file."""
+    source.seek(entry.begin)
+    left = entry.end - entry.begin
+    while left:
+        chunk = source.read(min(CHUNK, left))
+        if not chunk:
+            raise FileFormatError(f"{source.name}: it became shorter while it was read, at tensor {entry.name!r}")
+        target.write(chunk)
+        left -= len(chunk)
+        progress(len(chunk))
+
+
+def relative_name(checkpoint: Checkpoint, header: Header) -> Path:
+    return header.path.relative_to(checkpoint.directory)

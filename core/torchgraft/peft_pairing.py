@@ -1,0 +1,92 @@
+"""Pairing an adapter that PEFT wrote: its config and the names of its tensors are all there is to go by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torchgraft import peft_names
+from torchgraft.adapter_files import AdapterFiles
+from torchgraft.bases import Base, PairedSite, Pairing, is_inside, owner_of
+from torchgraft.config import Config
+from torchgraft.errors import PairingError
+from torchgraft.layers import Layer
+from torchgraft.manager import registry
+from torchgraft.method import Method
+from torchgraft.planning import site_of
+
+
+def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
+    """Match the tensors' names with the base's layers, and the config's targets with both."""
+    method, config = _method_of_peft(files)
+    assert method.peft is not None
+    also_train = _saved_modules(files, base)
+    pairing = Pairing(files, method, config, also_train=also_train)
+    sites: dict[str, str] = {}
+    for key in files.shapes:
+        name = key.removeprefix(peft_names.PREFIX)
+        if name == key:
+            pairing.problems.append(f"the tensor {key!r} does not start with {peft_names.PREFIX!r}, as PEFT's names do")
+        elif not is_inside(name, also_train):
+            sites[name] = owner_of(name, base.layers)
+    for name in dict.fromkeys(owner for owner in sites.values() if owner):
+        _pair_peft_site(
+            pairing, files, base.layers[name], [peft_names.PREFIX + key for key, owner in sites.items() if owner == name], base.is_module
+        )
+    for layer in dict.fromkeys(base.layers.values()):
+        if layer.kind is not None and layer.name not in sites.values() and peft_names.is_target(files.peft, layer):
+            pairing.problems.append(f"{layer.name}: the adapter's target_modules name this layer, and there is no tensor for it")
+    return pairing
+
+
+def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors: list[str], is_module: bool) -> None:
+    peft = dict(files.peft)
+    named = {name: files.shapes[name][1] for name in tensors}
+    if layer.kind is None:
+        pairing.problems.append(
+            f"{layer.name}: {layer.reason or f'is a {layer.role} layer of shape {list(layer.shape)}, which no adapter fits'}"
+        )
+        return
+    assert pairing.method.peft is not None
+    suffixes = {name.removeprefix(f"{peft_names.PREFIX}{layer.name}."): shape for name, shape in named.items()}
+    groups = layer.groups if is_module else pairing.method.peft.groups(layer.shape, suffixes)
+    site = site_of(replace(layer, groups=groups))
+    try:
+        peft["r"] = peft_names.pattern_value(peft.get("rank_pattern") or {}, layer.name, peft.get("r", 8))
+        peft["lora_alpha"] = peft_names.pattern_value(peft.get("alpha_pattern") or {}, layer.name, peft.get("lora_alpha", 8))
+        config = pairing.method.peft.from_config(peft, site)
+    except (TypeError, ValueError) as error:
+        pairing.problems.append(f"{layer.name}: adapter_config.json is not valid for it: {' '.join(str(error).split())}")
+        return
+    except PairingError as error:
+        pairing.problems.append(str(error))
+        return
+    assert config is not None
+    pairing.sites.append(PairedSite(site, config, {}))
+
+
+def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:
+    kind = files.peft.get("peft_type")
+    for method in registry().methods():
+        try:
+            config = method.peft.from_config(files.peft) if method.peft is not None else None
+        except (TypeError, ValueError) as error:
+            raise PairingError(f"{files.directory}: adapter_config.json is not valid: {' '.join(str(error).split())}") from None
+        if config is not None:
+            return method, config
+    said = f"peft_type {kind!r}" + (" with use_dora" if files.peft.get("use_dora") else "")
+    raise PairingError(f"{files.directory}: no installed method reads PEFT's {said}; see 'adapt plugins list'")
+
+
+def _saved_modules(files: AdapterFiles, base: Base) -> tuple[str, ...]:
+    """The base's modules that `modules_to_save` names; and the names that it alone explains, though the base lacks them."""
+    wanted = tuple(files.peft.get("modules_to_save") or [])
+    found = peft_names.saved_modules(wanted, _parents(base.tensors))
+    in_file = _parents(name.removeprefix(peft_names.PREFIX) for name in files.shapes)
+    absent = [name for name in in_file if any(name == want or name.endswith(f".{want}") for want in wanted) and not is_inside(name, found)]
+    return (*found, *absent)
+
+
+def _parents(tensors: Iterable[str]) -> list[str]:
+    """Every module that the names of tensors imply."""
+    return sorted({name[:place] for name in tensors for place, character in enumerate(name) if character == "."})

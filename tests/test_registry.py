@@ -1,0 +1,200 @@
+"""The registry: lazy loading, strangers that misbehave, names that clash, the allow-list."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchgraft as tg
+
+COUNTER = itertools.count()
+METHOD = """
+import torch
+import torchgraft as tg
+from torchgraft import hookimpl
+
+@hookimpl
+def adapter_method():
+    return tg.Method("NAME", tg.LowRankConfig, "adds a vector to every column of the weight", "none")
+
+@hookimpl
+def adapter_init(site):
+    return {"v": torch.zeros(site.out_features)}
+
+@hookimpl
+def adapter_forward(params, x, base):
+    return base(x) + x.sum(-1, keepdim=True) * params["v"]
+
+@hookimpl
+def adapter_merge(params, weight):
+    return weight + params["v"][:, None]
+
+@hookimpl
+def adapter_unmerge(params, weight):
+    return weight - params["v"][:, None]
+"""
+PARAMS = {"v": torch.tensor([1.0, -2.0, 0.5, 3.0, 7.0])}
+WEIGHT = torch.arange(15.0).reshape(5, 3)
+
+
+class Installed:
+    """Distributions in a folder, as pip would leave them there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def add(self, name: str, source: str = METHOD, distribution: str = "stranger", version: str = "1.2") -> str:
+        """One distribution with one plugin; returns the name of its module."""
+        module = f"registry_test_{next(COUNTER)}"
+        (self.folder / f"{module}.py").write_text(source.replace("NAME", name))
+        info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        (info / "entry_points.txt").write_text(f"[torchgraft]\n{name} = {module}\n")
+        return module
+
+    def points(self) -> list[EntryPoint]:
+        return [point for found in distributions(path=[str(self.folder)]) for point in found.entry_points]
+
+    def registry(self) -> tg.Registry:
+        return tg.Registry(self.points())
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("TORCHGRAFT_PLUGINS", "TORCHGRAFT_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+    before = set(sys.modules)
+    yield Installed(tmp_path)
+    for name in set(sys.modules) - before:
+        if name.startswith("registry_test_"):
+            del sys.modules[name]
+
+
+def test_a_method_is_loaded_alone_and_when_it_is_asked_for(installed: Installed) -> None:
+    modules = {name: installed.add(name, distribution=name) for name in ("one", "two")}
+    registry = installed.registry()
+    assert not set(modules.values()) & set(sys.modules)
+    assert registry.method("two").name == "two"
+    assert (modules["one"] in sys.modules, modules["two"] in sys.modules) == (False, True)
+    assert [info.name for info in registry.plugins()] == ["one", "two"]
+    assert modules["one"] in sys.modules
+
+
+def test_installed_distributions_are_found_beside_the_bundled_plugins(installed: Installed) -> None:
+    module = installed.add("extra", distribution="torchgraft-extra", version="4.5")
+    found = {info.name: info for info in tg.Registry().plugins()}
+    assert (found["extra"].distribution, found["extra"].version, found["extra"].entry_point) == ("torchgraft-extra", "4.5", module)
+    assert (found["lora"].distribution, found["lora"].error) == ("torchgraft", "")
+
+
+BROKEN: dict[str, tuple[str, str]] = {
+    "raises on import": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+    "exits on import": ("raise SystemExit(3)", "SystemExit: 3"),
+    "syntax error": ("def (", "SyntaxError"),
+    "wrong argument": (METHOD.replace("params, x, base", "params, x, layer").replace("base(x)", "layer(x)"), "adapter_forward.*layer"),
+    "unknown hook": (METHOD + "\n@hookimpl\ndef adapter_mirge(weight):\n    return weight\n", "adapter_mirge"),
+    "no merge": (METHOD.replace("adapter_merge", "elsewhere").replace("@hookimpl\ndef elsewhere", "def elsewhere"), "not adapter_merge"),
+    "another name": (METHOD.replace('"NAME"', '"other"'), "called 'other' and its entry point 'bad'"),
+    "no Method": (
+        METHOD.replace("tg.Method(", "dict(a=").replace(', tg.LowRankConfig, "adds', ', b="').replace(', "none"', ""),
+        "dict, not",
+    ),
+    "method raises": (METHOD.replace("return tg.Method", "raise ValueError('odd')\n    return tg.Method"), "ValueError: odd"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_plugin_is_reported_and_harms_no_other(case: str, installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, reason = BROKEN[case]
+    module = installed.add("bad", source, distribution="bad-tools", version="0.3")
+    installed.add("good", distribution="good-tools")
+    registry = installed.registry()
+    with pytest.raises(tg.PluginError, match=rf"(?s)bad \({module}, from bad-tools 0\.3\) cannot be used: .*{reason}"):
+        registry.method("bad")
+    errors = {info.name: info.error for info in registry.plugins()}
+    assert errors["bad"]
+    assert errors["good"] == ""
+    torch.testing.assert_close(registry.hooks("good").merge(None, PARAMS, WEIGHT), WEIGHT + PARAMS["v"][:, None])
+    assert [method.name for method in registry.methods()] == ["good"]
+    with pytest.warns(tg.TorchgraftWarning, match=rf"bad \({module}, from bad-tools 0\.3\) is left out"):
+        assert installed.registry().hooks("good").method.name == "good"
+    monkeypatch.setenv("TORCHGRAFT_STRICT", "1")
+    for ask in (tg.Registry.plugins, tg.Registry.methods, lambda registry: registry.hooks("good")):
+        with pytest.raises(tg.PluginError, match=rf"bad \({module}, from bad-tools 0\.3\) cannot be used"):
+            ask(installed.registry())
+
+
+def test_of_two_strangers_with_one_name_neither_is_usable(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [installed.add("twin", distribution=distribution) for distribution in ("first-tools", "second-tools")]
+    installed.add("good", distribution="good-tools")
+    registry = installed.registry()
+    with pytest.raises(tg.PluginError, match="first-tools") as caught:
+        registry.method("twin")
+    assert "second-tools" in str(caught.value)
+    assert not set(modules) & set(sys.modules)
+    twins = [info for info in registry.plugins() if info.name == "twin"]
+    assert {info.distribution for info in twins} == {"first-tools", "second-tools"}
+    assert all("first-tools" in info.error and "second-tools" in info.error for info in twins)
+    assert [method.name for method in registry.methods()] == ["good"]
+    monkeypatch.setenv("TORCHGRAFT_STRICT", "1")
+    with pytest.raises(tg.PluginError, match=r"of twin .*second-tools.* is taken by twin .*first-tools"):
+        installed.registry()
+
+
+@pytest.mark.parametrize("stranger", ["aaa-first-by-name", "zzz-last-by-name"])
+def test_a_bundled_name_stays_with_its_owner(stranger: str, installed: Installed) -> None:
+    bundled = installed.add("own", distribution="torchgraft")
+    taker = installed.add("own", METHOD.replace("adds a vector", "takes a name"), distribution=stranger)
+    registry = installed.registry()
+    assert registry.method("own").summary.startswith("adds a vector")
+    assert registry.info("own").entry_point == bundled
+    (refused,) = [info for info in registry.plugins() if info.error]
+    assert (refused.distribution, refused.entry_point) == (stranger, taker)
+    assert f"from {stranger}" in refused.error
+    assert "from torchgraft" in refused.error
+    assert taker not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("allowed", "names"), [(None, ["own", "a", "b"]), ("", ["own"]), ("a", ["own", "a"]), (" b , a", ["own", "a", "b"]), ("c", ["own"])]
+)
+def test_the_allow_list_concerns_other_distributions(
+    allowed: str | None, names: list[str], installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = {name: installed.add(name, distribution=name if name != "own" else "torchgraft") for name in ("own", "a", "b")}
+    if allowed is not None:
+        monkeypatch.setenv("TORCHGRAFT_PLUGINS", allowed)
+    registry = installed.registry()
+    assert [info.name for info in registry.plugins()] == names
+    assert {name for name in modules if modules[name] in sys.modules} == set(names)
+
+
+def test_an_unknown_plugin_is_refused_with_near_names(installed: Installed) -> None:
+    installed.add("rotation")
+    with pytest.raises(tg.PluginError, match=r"no plugin 'rotatoin'; near names: rotation"):
+        installed.registry().method("rotatoin")
+    with pytest.raises(tg.PluginError, match="no kind of layer 'Lineer'"):
+        installed.registry().kind("Lineer")
+
+
+def test_public_names_are_those_that_type_checkers_see() -> None:
+    tree = ast.parse(Path(tg.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = [node for node in ast.walk(block) if isinstance(node, ast.ImportFrom)]
+    checked = {name.asname: f"{node.module}.{name.name}" for node in imports for name in node.names}
+    assert {name: f"torchgraft.{home}.{name}" for name, home in tg._HOME_OF.items()} == checked
+    assert set(tg.__all__) == {*checked, "__version__"}
+    for name in tg.__all__:
+        value = getattr(tg, name)
+        assert getattr(value, "__name__", name) == name
+    with pytest.raises(AttributeError, match="no attribute 'aply'"):
+        _ = tg.aply

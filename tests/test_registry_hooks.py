@@ -1,0 +1,250 @@
+"""Hooks through the registry: observers and wrappers, arguments left out, shapes, and kinds of layer from plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchgraft as tg
+from models import perturb_
+from torchgraft.layers import Layer
+from torchgraft.planning import site_of
+
+SITE = site_of(Layer("layer", "Linear", (5, 3), "float32", 15, 60))
+PARAMS = {"v": torch.tensor([1.0, -2.0, 0.5, 3.0, 7.0])}
+WEIGHT = torch.arange(15.0).reshape(5, 3)
+
+
+class Shift:
+    """A method that adds a vector to every column of the weight: h = base(x) + v·Σx."""
+
+    def __init__(self, name: str, sign: float = 1.0) -> None:
+        self.name, self.sign = name, sign
+        self.calls: list[str] = []
+
+    @tg.hookimpl
+    def adapter_method(self) -> tg.Method:
+        return tg.Method(self.name, tg.Config, "", "")
+
+    @tg.hookimpl
+    def adapter_init(self, site: tg.Site) -> dict[str, Tensor]:
+        self.calls.append("init")
+        return {"v": site.weight().new_empty(site.out_features)}
+
+    @tg.hookimpl
+    def adapter_forward(self, x: Tensor, params: dict[str, Tensor], base: Callable[[Tensor], Tensor]) -> Tensor:
+        self.calls.append("forward")
+        return base(x) + self.sign * x.sum(-1, keepdim=True) * params["v"]
+
+    @tg.hookimpl
+    def adapter_merge(self, rows: slice, weight: Tensor, params: dict[str, Tensor]) -> Tensor:
+        self.calls.append("merge")
+        return weight + self.sign * params["v"][rows, None]
+
+    @tg.hookimpl
+    def adapter_unmerge(self, params: dict[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+        self.calls.append("unmerge")
+        return weight - self.sign * params["v"][rows, None]
+
+
+class Observer:
+    """No method: it sees the calls of all methods, and leaves them alone."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    @tg.hookimpl
+    def adapter_init(self, site: tg.Site) -> None:
+        self.calls.append("init")
+
+    @tg.hookimpl
+    def adapter_forward(self, x: Tensor) -> None:
+        self.calls.append("forward")
+
+    @tg.hookimpl
+    def adapter_merge(self) -> None:
+        self.calls.append("merge")
+
+
+class Doubler:
+    """A wrapper: it doubles what the methods return."""
+
+    @tg.hookimpl(wrapper=True)
+    def adapter_forward(self, site: tg.Site) -> Any:
+        return 2 * (yield)
+
+    @tg.hookimpl(wrapper=True)
+    def adapter_merge(self) -> Any:
+        return 2 * (yield)
+
+
+def use(hooks: Any) -> tuple[Tensor, Tensor]:
+    """init, forward and merge of the Shift methods; x is all ones and the base gives zeros."""
+    assert hooks.init(SITE_WITH_WEIGHT, tg.Config(), torch.Generator())["v"].shape == (5,)
+    forward = hooks.forward(SITE, tg.Config(), PARAMS, torch.ones(2, 3), lambda x: x.new_zeros(2, 5))
+    return forward, hooks.merge(tg.Config(), PARAMS, WEIGHT[1:3], slice(1, 3))
+
+
+SITE_WITH_WEIGHT = site_of(Layer("layer", "Linear", (5, 3), "float32", 15, 60), read=lambda: WEIGHT)
+FORWARD = 3 * PARAMS["v"].expand(2, 5)
+MERGED = WEIGHT[1:3] + torch.tensor([[-2.0], [0.5]])
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["observer after the method", "observer before the method"])
+def test_observers_and_wrappers_see_every_call_and_other_methods_none(late: bool) -> None:
+    registry, one, two, observer = tg.Registry([]), Shift("one"), Shift("two", sign=-1.0), Observer()
+    for name, plugin in sorted({"one": one, "two": two, "watch": observer}.items(), key=lambda item: (item[0] == "watch") == late):
+        registry.register(plugin, name)
+    torch.testing.assert_close(use(registry.hooks("one")), (FORWARD, MERGED))
+    assert (one.calls, two.calls) == (["init", "forward", "merge"], [])
+    assert observer.calls == ["init", "forward", "merge"]
+    registry.register(Doubler(), "double")
+    torch.testing.assert_close(use(registry.hooks("one")), (2 * FORWARD, 2 * MERGED))
+    registry.unregister("double")
+    registry.unregister("watch")
+    torch.testing.assert_close(use(registry.hooks("two")), (-FORWARD, 2 * WEIGHT[1:3] - MERGED))
+    with pytest.raises(tg.PluginError, match="no plugin 'watch'"):
+        registry.method("watch")
+
+
+def test_a_plugin_without_a_method_is_no_method() -> None:
+    registry = tg.Registry([])
+    registry.register(Observer(), "watch")
+    with pytest.raises(tg.PluginError, match="provides no method: it has no adapter_method hook"):
+        registry.method("watch")
+    with pytest.raises(tg.PluginError, match=r"the name 'watch'.*is taken by watch"):
+        registry.register(Shift("watch"), "watch")
+
+
+def test_a_method_that_is_registered_later_takes_over_no_calls() -> None:
+    registry, one = tg.Registry([]), Shift("one")
+    registry.register(one, "one")
+    hooks = registry.hooks("one")
+    registry.register(Shift("two", sign=-1.0), "two")
+    torch.testing.assert_close(use(hooks), (FORWARD, MERGED))
+
+
+class Whole(Shift):
+    @tg.hookimpl
+    def adapter_merge(self, weight: Tensor, params: dict[str, Tensor]) -> Tensor:
+        return weight + params["v"][:, None]
+
+
+def test_hooks_may_leave_out_arguments() -> None:
+    registry = tg.Registry([])
+    registry.register(Whole("whole"), "whole")
+    registry.register(Shift("blocks"), "blocks")
+    whole, blocks = registry.hooks("whole"), registry.hooks("blocks")
+    torch.testing.assert_close(whole.forward(SITE, None, PARAMS, torch.ones(2, 3), lambda x: x.new_zeros(2, 5)), FORWARD)
+    torch.testing.assert_close(whole.merge(None, PARAMS, WEIGHT), WEIGHT + PARAMS["v"][:, None])
+    torch.testing.assert_close(whole.unmerge(None, PARAMS, WEIGHT), WEIGHT - PARAMS["v"][:, None])
+    assert (whole.merges_rows, blocks.merges_rows) == (False, True)
+
+
+def test_shapes_are_found_by_running_init_on_a_weight_without_values() -> None:
+    registry, devices = tg.Registry([]), []
+
+    class Watched(Shift):
+        @tg.hookimpl
+        def adapter_init(self, site: tg.Site) -> dict[str, Tensor]:
+            devices.append(site.weight().device.type)
+            return {"v": site.weight().new_empty(2, site.in_features)}
+
+    registry.register(Watched("one"), "one")
+    assert registry.hooks("one").shapes(SITE, tg.Config()) == {"v": (2, 3)}
+    assert devices == ["meta"]
+
+
+class InOut(nn.Module):
+    """A linear layer of somebody else's, with the weight stored (in, out)."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class InOutKind(tg.Kind):
+    name = "InOut"
+
+    def module_class(self) -> type[nn.Module]:
+        return InOut
+
+    def canonical_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return (shape[1], shape[0])
+
+    def to_canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_canonical(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return matrix.t()
+
+    def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
+        return x @ a.t()
+
+    def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        return h @ b.t()
+
+
+class Extra:
+    @tg.hookimpl
+    def layer_kind(self) -> tg.Kind:
+        return InOutKind()
+
+
+class Liar(Shift):
+    @tg.hookimpl
+    def adapter_shapes(self, site: tg.Site) -> dict[str, tuple[int, ...]]:
+        return {"v": (site.out_features + 1,)}
+
+
+@pytest.fixture
+def register() -> Iterator[Callable[[object, str], None]]:
+    """Register with the registry that models use, until the end of the test."""
+    names: list[str] = []
+
+    def add(plugin: object, name: str) -> None:
+        tg.registry().register(plugin, name)
+        names.append(name)
+
+    yield add
+    for name in names:
+        tg.registry().unregister(name)
+
+
+@pytest.mark.parametrize(("width", "out"), [(6, 9), (7, 7)])
+def test_a_kind_from_a_plugin_gets_every_method(width: int, out: int, register: Callable[[object, str], None]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(InOut(width, out)), torch.randn(4, width)
+    with pytest.raises(tg.SelectionError, match="can be adapted"):
+        tg.apply(model, "lora", ["0"])
+    register(Extra(), "extra")
+    original = deepcopy(model)
+    adapter = tg.apply(model, "lora", ["0"], rank=2, alpha=3.0)
+    assert [(site.kind.name, site.out_features, site.in_features) for site in adapter.sites] == [("InOut", out, width)]
+    perturb_(adapter.parameters())
+    a, b = (dict(adapter.named_parameters())[f"0.{key}"].detach().double() for key in "AB")
+    weight = original[0].weight.detach().double() + 3 / 2 * (b @ a).t()
+    torch.testing.assert_close(model(x).double(), x.double() @ weight, atol=1e-5, rtol=1e-5)
+    adapter.merge()
+    torch.testing.assert_close(model[0].weight.double(), weight, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(model(x).double(), x.double() @ weight, atol=1e-5, rtol=1e-5)
+    adapter.detach()
+    assert torch.equal(model[0].weight, original[0].weight)
+    assert type(model[0]) is InOut
+
+
+def test_shapes_that_contradict_init_are_refused(register: Callable[[object, str], None]) -> None:
+    register(Liar("liar"), "liar")
+    model = nn.Sequential(nn.Linear(3, 5))
+    with pytest.raises(tg.AttachError, match=r"0: the plugin 'liar' made tensors of shapes .*\(5,\).* says .*\(6,\)"):
+        tg.apply(model, "liar", ["0"])
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
