@@ -376,3 +376,15 @@ def test_interrupted_command_says_so(adapt: Adapt, tiny: Path, monkeypatch: pyte
 
 def test_version(adapt: Adapt) -> None:
     assert adapt("--version") == Result(0, f"adapt, version {version('torchgraft')}\n", "")
+
+
+def test_what_the_files_do_not_tell_is_asked_for_and_not_left_out(adapt: Callable[..., Result], tmp_path: Path) -> None:
+    tensors = {"h.0.c_proj.weight": torch.zeros(4, 4), "h.0.c_proj.bias": torch.zeros(4), "h.0.fc1.weight": torch.zeros(6, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    for target in ("@linear", "*c_proj", "c_proj"):
+        refused = adapt("inspect", tmp_path, "--target", target)
+        assert (refused.code, refused.out) == (2, "")
+        assert "--kind 'h.0.c_proj=Linear'" in refused.err
+    told = adapt("inspect", tmp_path, "--target", "@linear", "--kind", "c_proj=Conv1D", "--json")
+    assert json.loads(told.out)["sites"] == ["h.0.c_proj", "h.0.fc1"]
+    assert json.loads(adapt("inspect", tmp_path, "--target", "@linear", "--target", "!c_proj", "--json").out)["matched"] == 1

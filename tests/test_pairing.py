@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import models
 import torchgraft as tg
+from torchgraft.adapter_files import meaning
 
 SITE = "model.layers.1.self_attn.q_proj"
 A, B = f"base_model.model.{SITE}.lora_A.weight", f"base_model.model.{SITE}.lora_B.weight"
@@ -72,6 +73,11 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) ->
     edit_json(directory / "torchgraft.json", tensors=file)
 
 
+def agree(directory: Path) -> None:
+    """As if PEFT's config and the record had been written together."""
+    edit_json(directory / "torchgraft.json", peft_config=meaning(json.loads((directory / "adapter_config.json").read_bytes())))
+
+
 def rename(directory: Path, old: str, new: str) -> None:
     """In the tensors and in both JSON files."""
 
@@ -82,6 +88,7 @@ def rename(directory: Path, old: str, new: str) -> None:
     for name in ("adapter_config.json", "torchgraft.json"):
         if (directory / name).exists():
             (directory / name).write_text((directory / name).read_text().replace(old, new))
+    agree(directory)
     edit_tensors(directory, change)
 
 
@@ -102,6 +109,7 @@ def claim_rank_5(directory: Path) -> None:
     if (directory / "torchgraft.json").exists():
         config = json.loads((directory / "torchgraft.json").read_bytes())["config"]
         edit_json(directory / "torchgraft.json", config=config | {"rank": 5})
+        agree(directory)
 
 
 class Damage(NamedTuple):
@@ -186,6 +194,15 @@ def assert_refused(says: str, directory: Path, base: Path, adapt: Adapt, error: 
     assert found(says, problems), problems
     listed = refused_by_command(adapt, base, directory)
     assert found(says, listed), listed
+
+
+def test_a_config_that_says_other_than_the_record_is_refused(adapter: Path, base: Path, adapt: Adapt) -> None:
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="elsewhere", peft_version="1")
+    assert adapt("check", base, adapter).code == 0
+    edit_json(adapter / "adapter_config.json", lora_alpha=99)
+    with pytest.raises(tg.FileFormatError, match=r"adapter_config\.json: it was changed"):
+        tg.load(llama(), adapter)
+    assert adapt("check", base, adapter).code == 2
 
 
 @both_forms

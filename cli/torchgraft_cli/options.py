@@ -63,7 +63,7 @@ def selection_options(command: F) -> F:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A checkpoint and, if anything was selected, what an adapter on it would be."""
+    """A checkpoint, and what an adapter on it would be."""
 
     checkpoint: Checkpoint
     plan: Plan

@@ -56,7 +56,7 @@ def _measure(node: Node, trained: Mapping[str, int], shapes: dict[object, int]) 
     node.bytes = (own.bytes if own else 0) + sum(child.bytes for child in node.children.values())
     node.trained = own_trained + sum(child.trained for child in node.children.values())
     look = (own.kind, own.shape, own.dtype, own.params) if own else None
-    key = (look, own_trained, tuple((name, child.shape) for name, child in node.children.items()))
+    key = (look, own_trained, tuple(sorted((name, child.shape) for name, child in node.children.items())))
     node.shape = shapes.setdefault(key, len(shapes))
 
 
@@ -75,7 +75,10 @@ def _walk(node: Node, level: int, depth: int | None) -> Iterator[Row]:
 def _groups(node: Node) -> list[tuple[str, list[Node]]]:
     """The children, with runs of equal numbered ones taken together."""
     groups: list[tuple[list[str], list[Node]]] = []
-    for name, child in node.children.items():
+    children = list(node.children.items())
+    if all(name.isdecimal() for name in node.children):  # shards may hold blocks in any order
+        children.sort(key=lambda item: int(item[0]))
+    for name, child in children:
         if groups and _continues(groups[-1][0][-1], name) and groups[-1][1][-1].shape == child.shape:
             groups[-1][0].append(name)
             groups[-1][1].append(child)

@@ -1,4 +1,4 @@
-"""Adapters on a model: attaching, training, switching, taking off."""
+"""Adapters on a model: training, switching, merging, taking off."""
 
 from __future__ import annotations
 
@@ -120,6 +120,7 @@ class Adapter:
         Raises:
             MergeError: the adapter is merged, so forward cannot leave it out.
         """
+        self._check_attached()
         if self.merged:
             raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
 
@@ -131,7 +132,8 @@ class Adapter:
         try:
             yield
         finally:
-            self.active = before
+            for part in self._all_parts():  # not by the property, which refuses if it was merged within the block
+                part.active = before
 
     @property
     def merged(self) -> bool:
@@ -144,6 +146,7 @@ class Adapter:
             MergeError: it is merged already, a weight is shared with another layer or has no values, or the result
                 would not be finite.
         """
+        self._check_attached()
         module_merge.merge(self.name, self.by_module(), {layer.name: layer.tied for layer in self._layers()})
 
     def unmerge(self, *, discard_edits: bool = False) -> None:
@@ -155,6 +158,7 @@ class Adapter:
         Raises:
             MergeError: it is not merged, another adapter was merged after it, or it or the weights were changed since.
         """
+        self._check_attached()
         module_merge.unmerge(self.name, self.by_module(), discard_edits)
 
     def detach(self, *, keep_merged: bool = False) -> None:
@@ -163,6 +167,7 @@ class Adapter:
         Args:
             keep_merged: leave a merged adapter's changes in the weights for good.
         """
+        self._check_attached()
         if keep_merged and not self.merged:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
@@ -171,6 +176,7 @@ class Adapter:
             graft.detach(module, self.name)
             if part.undo is not None:
                 module_merge.forget(module, part.undo)
+                part.undo = None
         attached = attached_to(self.model)
         del attached.adapters[self.name]
         if not attached.adapters:
@@ -182,9 +188,16 @@ class Adapter:
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json."""
+        self._check_attached()
         from torchgraft.adapter_save import save
 
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise AttachError(f"the adapter {self.name!r} is on the meta device and has no values to save")
         save(self, directory)
+
+    def _check_attached(self) -> None:
+        if adapters(self.model).get(self.name) is not self:
+            raise AttachError(f"the adapter {self.name!r} was detached from its model; apply or load it again")
 
     def _all_parts(self) -> list[Part]:
         return [*self.parts.values(), *self.copies.values()]

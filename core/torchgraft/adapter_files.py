@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,17 @@ PEFT_PICKLE = "adapter_model.bin"
 NATIVE_TENSORS = "torchgraft.safetensors"
 FORMAT = 1
 SITE_RECORD = {"name": str, "kind": str, "shape": list, "dtype": str, "config": dict}
+
+PEFT_LABELS = frozenset("auto_mapping base_model_name_or_path inference_mode peft_version revision task_type".split())
+PEFT_TYPES = {
+    "target_modules": str | list,
+    "exclude_modules": str | list,
+    "modules_to_save": list,
+    "layers_pattern": str | list,
+    "layers_to_transform": int | list,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,18 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
             f"{tensor_file}: not the file that {NATIVE} describes (the hashes differ); copy the whole directory again, or remove "
             f"{NATIVE} to read it as a plain PEFT adapter"
         )
+    if native and peft and native.get("peft_config", meaning(peft)) != meaning(peft):
+        raise FileFormatError(
+            f"{root / PEFT_CONFIG}: it was changed since {NATIVE} was written, and the two now describe different adapters; "
+            f"undo the change, or remove {NATIVE} to read it as a plain PEFT adapter"
+        )
     return AdapterFiles(root, native, peft, tensor_file)
+
+
+def meaning(peft: Mapping[str, Any]) -> str:
+    """A hash of what in a PEFT config decides about the function: not names, versions, or values that are not set."""
+    kept = {key: value for key, value in sorted(peft.items()) if value and key not in PEFT_LABELS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _check_native(path: Path, native: Mapping[str, Any]) -> None:
@@ -125,10 +148,11 @@ def _check_native(path: Path, native: Mapping[str, Any]) -> None:
 
 
 def _check_peft(path: Path, peft: Mapping[str, Any]) -> None:
-    types = {"target_modules": str | list, "modules_to_save": list, "rank_pattern": dict, "alpha_pattern": dict}
-    for key, expected in types.items():
-        if peft.get(key) is not None and not isinstance(peft[key], expected):
-            raise FileFormatError(f"{path}: {key} = {peft[key]!r} is not what PEFT writes there")
+    for key, expected in PEFT_TYPES.items():
+        value = peft.get(key)
+        names = value if isinstance(value, list) and key != "layers_to_transform" else []
+        if value is not None and not (isinstance(value, expected) and all(isinstance(name, str) for name in names)):
+            raise FileFormatError(f"{path}: {key} = {value!r} is not what PEFT writes there")
 
 
 def _elsewhere(root: Path) -> str:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torchgraft
 from torchgraft import fingerprint, peft_names
-from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS
+from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, meaning
 from torchgraft.config import Config
+from torchgraft.errors import FileFormatError
 from torchgraft.graft import parts_of
 from torchgraft.manager import registry
 from torchgraft.method import Method
@@ -77,17 +78,29 @@ def also_saved(also_train: Sequence[str], modules: Sequence[str]) -> list[str]:
 
 
 def write(contents: Contents, directory: Path) -> None:
-    """Write the tensors, PEFT's config if PEFT knows the method, and last the record that names the tensors' hash."""
+    """Write the tensors, PEFT's config if PEFT knows the method, and last the record that names the tensors' hash.
+
+    Raises:
+        FileFormatError: the directory cannot be written.
+    """
     from safetensors.torch import save as serialize
 
-    directory.mkdir(parents=True, exist_ok=True)
     peft = contents.method.peft is not None
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(contents).items()}
+    config = _peft_config(contents) if peft else {}
     data = serialize(tensors, metadata={"format": "pt"})
-    replace_file(directory / (PEFT_TENSORS if peft else NATIVE_TENSORS), data)
-    if peft:
-        replace_file(directory / PEFT_CONFIG, json_bytes(_peft_config(contents)))
-    replace_file(directory / NATIVE, json_bytes(_record(contents, PEFT_TENSORS if peft else NATIVE_TENSORS, data)))
+    file, stale = (PEFT_TENSORS, [NATIVE_TENSORS]) if peft else (NATIVE_TENSORS, [PEFT_TENSORS, PEFT_CONFIG])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        replace_file(directory / file, data)
+        if config:
+            replace_file(directory / PEFT_CONFIG, json_bytes(config))
+        for name in stale:  # of another method's adapter that was here before
+            (directory / name).unlink(missing_ok=True)
+        record = _record(contents, file, data) | ({"peft_config": meaning(config)} if config else {})
+        replace_file(directory / NATIVE, json_bytes(record))
+    except OSError as error:
+        raise FileFormatError(f"{directory}: cannot be written: {error.strerror}") from error
 
 
 def _named_tensors(contents: Contents) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torchgraft.adapter import Adapter, adapters, attached_to
 from torchgraft.config import Config, parse_config
 from torchgraft.errors import AttachError
 from torchgraft.graft import SitePart, TrainedCopy
-from torchgraft.layers import Layer
+from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.planning import configure, plan, site_of
 from torchgraft.site import Site
@@ -25,11 +25,11 @@ def apply(
     model: nn.Module,
     method: str,
     targets: str | Iterable[str] | None = None,
-    layers: str | Iterable[int] | None = None,
+    layers: str | int | Iterable[int] | None = None,
     *,
     name: str = "default",
     seed: int = 0,
-    also_train: Iterable[str] = (),
+    also_train: str | Iterable[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     allow_unmatched: bool = False,
     **options: Any,
@@ -76,8 +76,12 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site
         graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))
         adapter.parts[layer.name] = _site_part(adapter, layer, configs[layer.name], make)
     for trained in _runnable(model, base.trained):
-        graft.check_can_attach(name, trained, model.get_submodule(trained))
-        adapter.copies[trained] = TrainedCopy(trained, _trainable_copy(model.get_submodule(trained)))
+        module = model.get_submodule(trained)
+        graft.check_can_attach(name, trained, module)
+        fused.check_forward_runs(model, trained)
+        if all(copy.original is not module for copy in adapter.copies.values()):  # one module under two names is one
+            adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
+    _check_clashes(adapter)
     attached = attached_to(model)
     if not attached.adapters:
         attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -88,6 +92,20 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site
         graft.attach(module, name, part, needs_hook=module in in_fused_layers)
     attached.adapters[name] = adapter
     return adapter
+
+
+def _check_clashes(adapter: Adapter) -> None:
+    """
+    Raises:
+        AttachError: one adapter trains a module whole in which another has a site: the copy would pass over that.
+    """
+    for other in adapters(adapter.model).values():
+        for whole, sites in ((other.copies, adapter.parts), (adapter.copies, other.parts)):
+            for name in sites:
+                if is_inside(name, whole):
+                    raise AttachError(
+                        f"{name}: one of {other.name!r} and {adapter.name!r} trains it whole and the other adapts it; do one of the two"
+                    )
 
 
 def seed_of(seed: int, site: str) -> int:
@@ -120,7 +138,9 @@ def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in names:
         module = model.get_submodule(name)
-        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        plain = graft.base_class(module).forward in (nn.Sequential.forward, nn.Module.forward)
+        if isinstance(module, containers) and plain and not module._parameters and not module._buffers:
             found += _runnable(model, [f"{name}.{key}" for key, child in module.named_children() if any(True for _ in child.parameters())])
         else:
             found.append(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -87,8 +87,3 @@ def owner_of(tensor: str, layers: Mapping[str, Layer]) -> str:
     segments = tensor.split(".")
     names = (".".join(segments[:end]) for end in range(len(segments) - 1, 0, -1))
     return next((layers[name].name for name in names if name in layers), "")
-
-
-def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether `name` is one of `modules` or in one of them."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)

@@ -84,6 +84,7 @@ def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> La
         bytes=sum(entry.numel * SIZES[entry.dtype] for entry in tensors.values()),
         reason=reason,
         has_weight="weight" in tensors,
+        is_open=reason == UNKNOWN.format(name=name),
     )
 
 
@@ -132,7 +133,8 @@ def _outputs(tensors: Mapping[str, TensorEntry]) -> int | None:
 def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
     """Mark the input embedding if the model's output head is this same weight: the head need not be in the files then."""
     said = checkpoint.config.get("tie_word_embeddings")
-    architectures = checkpoint.config.get("architectures") or []
+    architectures = checkpoint.config.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
     if said is False or not any(HAS_HEAD.search(str(name)) for name in architectures):
         return layers
     heads = {layer.shape for layer in layers if layer.role == "head"}

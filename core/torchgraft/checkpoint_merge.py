@@ -101,7 +101,7 @@ def merge_checkpoint(
             _write_undo(merge, directory, corrections)
         if verify:
             verify_merge(merge, directory)
-        (directory / RECORD).write_bytes(json_bytes(_record(merge, str(model), carried, corrections, verify, undo)))
+        (directory / RECORD).write_bytes(json_bytes(_record(merge, directory, str(model), carried, corrections, verify, undo)))
         undo_bytes = sum(path.stat().st_size for path in (directory / UNDO).rglob("*") if path.is_file())
     return MergeReport(**{**report.__dict__, "undo_bytes": undo_bytes})
 
@@ -114,9 +114,18 @@ def prepare(checkpoint: Checkpoint, files: AdapterFiles, kinds: dict[str, str] |
 
 
 def _refuse_merged(checkpoint: Checkpoint, files: AdapterFiles) -> None:
-    record = read_json(checkpoint.directory / RECORD, missing_ok=True)
-    if sha256(files.tensor_file) in [*record.get("earlier", []), record.get("adapter", {}).get("sha256")]:
+    if sha256(files.tensor_file) in _merged_before(checkpoint):
         raise MergeError(f"{checkpoint.root}: this adapter is merged into it already ({RECORD}); use the base model")
+
+
+def _merged_before(checkpoint: Checkpoint) -> list[str]:
+    """The hashes of the adapters that earlier merges put into this checkpoint."""
+    path = checkpoint.directory / RECORD
+    record = read_json(path, missing_ok=True)
+    try:
+        return [*record["earlier"], record["adapter"]["sha256"]] if record else []
+    except (KeyError, TypeError):
+        raise FileFormatError(f"{path}: it lacks what a merge's record must have; was it edited by hand?") from None
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -150,7 +159,7 @@ def _write_weights(merge: Merge, directory: Path, undo: bool, progress: Progress
 
 def _correction(merge: Merge, name: str, original: Tensor, merged: Tensor) -> exact.Correction:
     if name in merge.replaced:  # nothing of the original is in the result: all of it is kept
-        return exact.Correction(torch.arange(original.numel()), original.flatten(), exact.digest(original))
+        return exact.Correction(torch.empty(0, dtype=torch.int32), original.flatten(), exact.digest(original))
     return exact.make_correction(original, merge.nearly_unmerged(name, merged))
 
 
@@ -173,7 +182,7 @@ def _write_undo(merge: Merge, directory: Path, corrections: dict[str, exact.Corr
 
 
 def _record(
-    merge: Merge, model: str, carried: list[Path], corrections: dict[str, exact.Correction], verified: bool, undo: bool
+    merge: Merge, directory: Path, model: str, carried: list[Path], corrections: dict[str, exact.Correction], verified: bool, undo: bool
 ) -> dict[str, Any]:
     checkpoint, files = merge.checkpoint, merge.pairing.files
     weights = {relative_name(checkpoint, header).as_posix(): header.path for header in checkpoint.headers}
@@ -183,16 +192,12 @@ def _record(
         "torchgraft": torchgraft.__version__,
         "base": model,
         "adapter": {"path": str(files.directory), "method": merge.pairing.method.name, "sha256": sha256(files.tensor_file)},
-        "sites": {paired.site.name: {"kind": paired.site.kind.name, "groups": paired.site.groups} for paired in merge.sites.values()},
-        "earlier": _earlier(checkpoint),
+        "sites": {paired.site.name: {"kind": paired.site.kind.name} for paired in merge.sites.values()},
+        "earlier": _merged_before(checkpoint),
         "merged_tensors": sorted(merge.changed),
         "undo": undo,
+        "corrections": sha256(directory / UNDO / CORRECTIONS) if undo else "",
         "original_tensors": {name: correction.digest for name, correction in corrections.items()},
         "original_files": {name: sha256(path) for name, path in everything.items()} if undo else {},
         "verified": f"up to {SAMPLED_ROWS} rows of each merged tensor against a float64 reference" if verified else "",
     }
-
-
-def _earlier(checkpoint: Checkpoint) -> list[str]:
-    record = read_json(checkpoint.directory / RECORD, missing_ok=True)
-    return [*record.get("earlier", []), record["adapter"]["sha256"]] if record else []

@@ -15,6 +15,7 @@ from torchgraft.adapter_load import read_tensors
 from torchgraft.bases import base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
 from torchgraft.checkpoint_merge import CORRECTIONS, FORMAT
+from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError
 from torchgraft.merge_job import Merge, Progress, copy_bytes, prepare_on, relative_name
 from torchgraft.output import new_directory, refuse_existing
@@ -52,7 +53,7 @@ def unmerge_checkpoint(merged: str | Path, output: str | Path, *, progress: Prog
         _check_files(record, directory, checkpoint)
         earlier = checkpoint.directory / UNDO / "base"
         for path in sorted(earlier.rglob("*")):
-            if path.is_file():
+            if path.is_file() and path.relative_to(earlier).parts[0] in (RECORD, UNDO):
                 copy_into(path, directory / path.relative_to(earlier))
     restored = len(record["original_tensors"])
     return UnmergeReport(target, restored, len(checkpoint.tensors) - restored, len(record["original_files"]))
@@ -78,11 +79,18 @@ def _read_record(checkpoint: Checkpoint) -> dict[str, Any]:
 def _prepare(checkpoint: Checkpoint, record: Mapping[str, Any]) -> tuple[Merge, dict[str, Tensor]]:
     undo = checkpoint.directory / UNDO
     base = base_of_checkpoint(checkpoint)
-    kinds = {name: replace(base.layers[name], kind=site["kind"]) for name, site in record["sites"].items() if name in base.layers}
+    # What the merge took each layer for, --kind included.
+    kinds = {
+        name: replace(layer, kind=site["kind"])
+        for name, site in record["sites"].items()
+        if (layer := base.layers.get(name)) and layer.has_weight and layer.dtype in ADAPTABLE
+    }
     # The weights here are the merged ones: hashes, not samples, will tell whether the right bits come out.
     base = replace(base, layers={**base.layers, **kinds}, fingerprint=lambda _: "")
     merge = prepare_on(checkpoint, pair(read_adapter(undo / "adapter"), base).demand(base), base)
     merge.tensors = read_tensors(merge.pairing)
+    if not (undo / CORRECTIONS).is_file() or sha256(undo / CORRECTIONS) != record.get("corrections"):
+        raise FileFormatError(f"{undo / CORRECTIONS}: it is missing or was changed since the merge; copy the merged directory again")
     corrections = open_checkpoint(undo / CORRECTIONS)
     return merge, {name: corrections.read(name) for name in corrections.tensors}
 

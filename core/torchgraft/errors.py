@@ -36,7 +36,7 @@ class AttachError(TorchgraftError):
 
 
 class MergeError(TorchgraftError):
-    """A merge or unmerge is refused. No weight was changed."""
+    """A merge or unmerge is refused; the weights are as they were."""
 
 
 class TorchgraftWarning(UserWarning):

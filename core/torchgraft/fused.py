@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from torch import nn
 
+from torchgraft.errors import AttachError
+
 
 def modules_in_fused_layers(model: nn.Module) -> set[nn.Module]:
     """Modules in an nn.TransformerEncoderLayer. One of them with a hook on it keeps the layer from its fused path."""
     layers = (module for module in model.modules() if isinstance(module, nn.TransformerEncoderLayer))
     return {child for layer in layers for child in layer.modules()}
+
+
+def check_forward_runs(model: nn.Module, name: str) -> None:
+    """
+    Raises:
+        AttachError: nothing calls the module's own forward, so what is put on it would be passed over.
+    """
+    module = model.get_submodule(name)
+    if "forward" in module.__dict__:
+        raise AttachError(f"{name}: its forward was replaced on the instance (by accelerate's hooks?), which would pass over the adapter")
+    if any(isinstance(parent, nn.MultiheadAttention) and module in parent.children() for parent in model.modules()):
+        raise AttachError(
+            f"{name}: it belongs to a MultiheadAttention, which reads its weight and passes over its forward; train that whole"
+        )
 
 
 def stop_nesting(model: nn.Module) -> list[nn.TransformerEncoder]:

@@ -77,10 +77,14 @@ class SitePart(Part):
 class TrainedCopy(Part):
     """A whole module that is trained (`also_train`): it runs in the place of the original, which stays as it was."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, original: nn.Module, module: nn.Module) -> None:
         super().__init__()
-        self.name = name
+        self._original = [original]  # in a list, for it is no child
         self.module = module
+
+    @property
+    def original(self) -> nn.Module:
+        return self._original[0]
 
     def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -176,8 +180,13 @@ def check_can_attach(name: str, layer: str, module: nn.Module) -> None:
     if isinstance(module, Grafted):
         if name in _container(module):
             raise AttachError(f"{layer}: there is an adapter {name!r} on it; detach it, or choose another name=…")
-    elif hasattr(module, CHILD):
+        return
+    if hasattr(module, CHILD):
         raise AttachError(f"{layer}: its class has a member called {CHILD!r}, where adapters would be kept")
+    try:
+        _grafted_class(type(module))
+    except TypeError as error:
+        raise AttachError(f"{layer}: a {type(module).__name__} cannot have a subclass, so it cannot carry adapters: {error}") from None
 
 
 def is_adapter_name(name: str) -> bool:

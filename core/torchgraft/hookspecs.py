@@ -1,7 +1,8 @@
 """The hooks that a plugin can provide. `from torchgraft import hookimpl` marks an implementation.
 
 A hook may leave out arguments that it does not need, but not rename them. The hooks of a method (adapter_*) are called
-for that method's own plugin alone; a plugin without a method can observe or wrap any of them and sees every call.
+for that method's own plugin alone; a plugin without a method can observe or wrap any of them but adapter_method, and
+sees every call.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class Layer:
     """Other layers whose weight is this same tensor."""
     has_weight: bool = True
     """Whether one of its tensors is called weight."""
+    is_open: bool = False
+    """Whether it could have a kind, and only the files do not tell which."""
     reason: str = ""
     """Why it has no kind, where its shape would allow one."""
 
@@ -40,6 +42,11 @@ class Layer:
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether `name` is one of `modules` or in one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def by_name(layers: Iterable[Layer]) -> dict[str, Layer]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
 from torchgraft.config import LowRankConfig
-from torchgraft.errors import PairingError, TorchgraftWarning
+from torchgraft.errors import ConfigError, PairingError, TorchgraftWarning
 from torchgraft.kinds import Shape
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def init_factors(site: Site, config: LowRankConfig, generator: Generator) -> dic
     |---------------|----------------------------------|------------|-----------------------------|
     | kaiming       | U(-1/√fan_in, 1/√fan_in)         | 0          | 0                           |
     | gaussian      | N(0, σ²/r)                       | 0          | 0                           |
-    | orthogonal    | orthonormal rows                 | 0          | 0                           |
+    | orthogonal    | orthonormal rows (columns: r > k)| 0          | 0                           |
     | swapped       | 0                                | N(0, σ²/r) | 0                           |
     | both-gaussian | N(0, σ²/r)                       | N(0, σ²/r) | not 0: the output changes   |
     | pissa         | √Σ_r·V_rᵀ/√s                     | U_r·√Σ_r/√s | the top r directions of W/s |
@@ -77,7 +77,10 @@ def _without_padding(site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor
 def _pissa(site: Site, config: LowRankConfig) -> dict[str, Tensor]:
     import torch
 
-    u, s, vh = torch.linalg.svd(site.weight().cpu(), full_matrices=False)
+    weight = site.weight()
+    if weight.is_meta:
+        raise ConfigError(f"{site.name}: pissa starts from the weight's singular vectors, and on the meta device it has no values")
+    u, s, vh = torch.linalg.svd(weight.cpu(), full_matrices=False)
     root = (s[: config.rank] / config.scale).sqrt()
     dtype = dtypes.torch_dtype(config.dtype)
     a = (root[:, None] * vh[: config.rank]).to(dtype).contiguous()

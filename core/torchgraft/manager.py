@@ -80,6 +80,8 @@ class Registry:
         info = PluginInfo(name, "(registered by hand)", "", getattr(plugin, "__name__", type(plugin).__name__))
         if name in self._infos:
             raise PluginError(_taken(info, self._infos[name]))
+        if self._manager.is_registered(plugin):
+            raise PluginError(f"{info}: it is registered already, as {self._manager.get_name(plugin)!r}")
         self._add(plugin, info)
         self._infos[name] = info
 

@@ -15,7 +15,7 @@ from torchgraft.checkpoint import Checkpoint
 from torchgraft.errors import FileFormatError, MergeError
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.safetensors_header import Header, TensorEntry
-from torchgraft.weights import merged_weight, nearly_unmerged
+from torchgraft.weights import merged_weight, nearly_unmerged, rounded
 
 CHUNK = 1 << 23
 
@@ -41,7 +41,7 @@ class Merge:
     def merged(self, name: str, original: Tensor) -> Tensor:
         """The tensor `name` with the adapter in it."""
         if name in self.replaced:
-            return self.tensors[self.replaced[name]].to(original.dtype)
+            return rounded(name, self.tensors[self.replaced[name]], original)
         paired = self.sites[name]
         return merged_weight(self.hooks, paired.site.name, paired.site.kind, paired.config, self.params(paired), original)
 

@@ -13,7 +13,7 @@ from torchgraft.errors import MergeError
 from torchgraft.exact import BITS, Undo, correct, digest, make_correction
 from torchgraft.graft import Part, SitePart, TrainedCopy, parts_of
 from torchgraft.module_layers import own_state
-from torchgraft.weights import merged_weight, nearly_unmerged
+from torchgraft.weights import merged_weight, nearly_unmerged, rounded
 
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
@@ -98,16 +98,18 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
 
 def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
     originals, trained = own_state(module), part.module.state_dict()
-    for key, tensor in trained.items():
-        if not tensor.isfinite().all():
-            raise MergeError(f"{name}: the trained {key} has NaN or infinite entries. Nothing was changed")
+    replaced = {key: rounded(f"{name}: {key}", tensor, originals[key]) for key, tensor in trained.items()}
     undo = Undo(
         originals=_snapshot(originals),
         snapshot=_snapshot(trained),
-        merged={key: digest(tensor.to(originals[key].dtype)) for key, tensor in trained.items()},
+        merged={key: digest(tensor) for key, tensor in replaced.items()},
         depth=_merges_on(module),
     )
-    _write(originals, trained)
+    try:
+        _write(originals, replaced)
+    except BaseException:
+        _write(originals, undo.originals)
+        raise
     part.undo = undo
 
 

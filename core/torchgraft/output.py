@@ -56,11 +56,15 @@ def refuse_existing(target: Path) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write `path` in one step: a reader sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.partial")
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)  # ranks may write at once
+    temporary = Path(name)
     try:
-        temporary.write_bytes(data)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
         _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

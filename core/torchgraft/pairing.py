@@ -9,11 +9,11 @@ from typing import Any
 
 from torchgraft import fingerprint, peft_names
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.bases import Base, PairedSite, Pairing, is_inside, owner_of
+from torchgraft.bases import Base, PairedSite, Pairing, owner_of
 from torchgraft.config import parse_config
 from torchgraft.errors import TorchgraftError
 from torchgraft.kinds import Shape
-from torchgraft.layers import Layer
+from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.peft_pairing import pair_peft
 from torchgraft.planning import site_of
@@ -62,8 +62,10 @@ def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str
         return None, f"{name}: the base has no such layer{near(name, base.layers)}"
     if layer.shape != shape:
         return None, f"{name}: the adapter was made for a weight of shape {list(shape)}, the base's is {list(layer.shape)}"
-    if layer.kind is None and not base.is_module:
-        layer = replace(layer, kind=kind)  # the record knows what the files do not tell
+    if layer.kind is None and layer.is_open:  # the record knows the orientation that the files do not tell
+        if not registry().kind(kind).fits(shape):
+            return None, f"{name}: a {kind}'s weight cannot have the shape {list(shape)}"
+        layer = replace(layer, kind=kind)
     if layer.kind is None:
         return None, f"{name}: {layer.reason or 'is no layer that an adapter can be put on'}"
     if layer.kind != kind:
@@ -95,7 +97,9 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
     for module in files.native.get("also_saved", []):
         used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), [module]))
     used.update(_frozen_copies(pairing, base))
-    pairing.problems += _left_over([name for name in files.shapes if name not in used], base, prefix)
+    absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # said above
+    unused = [name for name in files.shapes if name not in used and not is_inside(name.removeprefix(prefix), absent)]
+    pairing.problems += _left_over(unused, base, prefix)
 
 
 def _frozen_copies(pairing: Pairing, base: Base) -> list[str]:

@@ -31,7 +31,8 @@ def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
     for name, value in values.items():
         others = (site for site in sites if site != name)
         clear = re.fullmatch(r"[\w.]+", name) and not any(re.match(rf"(.*\.)?({name})$", other) for other in others)
-        found[name if clear else f"^{re.escape(name)}"] = value
+        anchored = f"^{re.escape(name)}"
+        found[name if clear else anchored if anchored not in sites else f"^(?:{re.escape(name)})"] = value
     return found
 
 
@@ -42,7 +43,7 @@ def pattern_value(pattern: Mapping[str, Any], site: str, default: Any) -> Any:
         PairingError: a key is no regular expression.
     """
     for key, value in pattern.items():
-        if _matches(re.match, rf"(.*\.)?({key})$", site, key):
+        if _match(re.match, rf"(.*\.)?({key})$", site, key):
             return value
     return pattern.get(site, default)
 
@@ -70,7 +71,8 @@ def saved_modules(wanted: Sequence[str], modules: Iterable[str]) -> list[str]:
 
 
 def in_saved_module(peft: Mapping[str, Any], name: str) -> bool:
-    return any(f".{saved}." in f".{name}." for saved in peft.get("modules_to_save") or [])
+    """Whether PEFT leaves `name` out of its targets because it is in a module that is saved whole: it takes names as regexes."""
+    return any(_match(re.match, rf"(^|.*\.){saved}($|\..*)", name, saved) for saved in peft.get("modules_to_save") or [])
 
 
 def _named(wanted: Any, name: str) -> bool:
@@ -78,12 +80,12 @@ def _named(wanted: Any, name: str) -> bool:
         return False
     if not isinstance(wanted, str):
         return _is_suffix(name, wanted)
-    return _matches(re.fullmatch, wanted, name, wanted)
+    return _match(re.fullmatch, wanted, name, wanted) is not None
 
 
-def _matches(match: Callable[[str, str], object], expression: str, name: str, shown: str) -> bool:
+def _match(match: Callable[[str, str], re.Match[str] | None], expression: str, name: str, shown: str) -> re.Match[str] | None:
     try:
-        return match(expression, name) is not None
+        return match(expression, name)
     except re.error as error:
         raise PairingError(f"adapter_config.json: {shown!r} is not a regular expression: {error}") from None
 
@@ -97,10 +99,8 @@ def _in_blocks(peft: Mapping[str, Any], name: str) -> bool:
     if blocks is None or blocks == []:
         return True
     wanted = [blocks] if isinstance(blocks, int) else list(blocks)
-    containers = peft.get("layers_pattern") or [r"[^.]*"]
-    start = r".*?\." if not peft.get("layers_pattern") else r"(?:^|.*?\.)"
-    matches = (
-        re.match(rf"{start}{container}\.(\d+)\.", name) for container in ([containers] if isinstance(containers, str) else containers)
-    )
-    first = next((match for match in matches if match), None)
+    containers = peft.get("layers_pattern") or []
+    containers = [containers] if isinstance(containers, str) else containers
+    forms = [rf"(?:^|.*?\.){container}\.(\d+)\." for container in containers] or [r".*?\.[^.]*\.(\d+)\."]
+    first = next((match for form in forms if (match := _match(re.match, form, name, "layers_pattern"))), None)
     return first is not None and int(first[1]) in wanted

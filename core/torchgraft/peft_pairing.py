@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.bases import Base, PairedSite, Pairing, is_inside, owner_of
+from torchgraft.bases import Base, PairedSite, Pairing, owner_of
 from torchgraft.config import Config
 from torchgraft.errors import PairingError
-from torchgraft.layers import Layer
+from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.method import Method
 from torchgraft.planning import site_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint, module_names
 from torchgraft.errors import AttachError, SelectionError, TorchgraftWarning
-from torchgraft.layers import Layer
+from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.selection import name_matcher, near, select
 from torchgraft.site import Site
@@ -44,15 +44,15 @@ class Plan:
     @property
     def trained_params(self) -> int:
         """Of the modules that are trained whole."""
-        return sum(layer.params for layer in self.layers if _inside(layer.name, self.trained))
+        return sum(layer.params for layer in self.layers if is_inside(layer.name, self.trained))
 
 
 def plan(
     source: nn.Module | Checkpoint | str | Path,
     targets: str | Iterable[str] | None = None,
-    layers: str | Iterable[int] | None = None,
+    layers: str | int | Iterable[int] | None = None,
     *,
-    also_train: Iterable[str] = (),
+    also_train: str | Iterable[str] = (),
     kinds: Mapping[str, str] | None = None,
     allow_unmatched: bool = False,
 ) -> Plan:
@@ -71,7 +71,7 @@ def plan(
     everything, modules = _contents(source, kinds)
     trained = _trained_modules(also_train, modules)
     patterns = [targets] if isinstance(targets, str) else list(DEFAULT_TARGETS if targets is None else targets)
-    free = [layer for layer in everything if not _inside(layer.name, trained)]
+    free = [layer for layer in everything if not is_inside(layer.name, trained)]
     selection = select(free, patterns, layers, allow_unmatched=allow_unmatched)
     return Plan(tuple(everything), selection.layers, selection.counts, trained)
 
@@ -135,17 +135,13 @@ def _contents(source: nn.Module | Checkpoint | str | Path, kinds: Mapping[str, s
     return layers_of_module(source, registry().kinds()), [name for name, _ in named_base_modules(source)]
 
 
-def _trained_modules(patterns: Iterable[str], modules: Sequence[str]) -> tuple[str, ...]:
+def _trained_modules(patterns: str | Iterable[str], modules: Sequence[str]) -> tuple[str, ...]:
     """The outermost modules that the patterns name."""
     found: dict[str, None] = {}
-    for pattern in patterns:
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = name_matcher(pattern)
         hits = [name for name in modules if name and matches(name)]
         if not hits:
             raise SelectionError(f"also_train: {pattern!r} matches no module{near(pattern, (name.rpartition('.')[2] for name in modules))}")
         found.update(dict.fromkeys(hits))
-    return tuple(name for name in found if not _inside(name, [other for other in found if other != name]))
-
-
-def _inside(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    return tuple(name for name in found if not is_inside(name, [other for other in found if other != name]))

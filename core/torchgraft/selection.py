@@ -19,7 +19,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchgraft import roles
 from torchgraft.errors import SelectionError
@@ -47,7 +47,7 @@ class Selection:
 def select(
     layers: Sequence[Layer],
     targets: Iterable[str],
-    blocks: str | Iterable[int] | None = None,
+    blocks: str | int | Iterable[int] | None = None,
     *,
     allow_unmatched: bool = False,
 ) -> Selection:
@@ -59,7 +59,8 @@ def select(
     patterns = [parse(text) for text in targets]
     sites = [layer for layer in layers if layer.kind is not None]
     candidates = _in_blocks(sites, blocks, allow_unmatched)
-    hits = {pattern.text: {layer.name for layer in candidates if pattern.matches(layer)} for pattern in patterns}
+    unclear = _in_blocks([replace(layer, kind="Linear") for layer in layers if layer.is_open and layer.kind is None], blocks, True)
+    hits = {p.text: {layer.name for layer in candidates + unclear * p.exclude if p.matches(layer)} for p in patterns}
     if not allow_unmatched:
         for pattern in patterns:
             if not hits[pattern.text]:
@@ -68,8 +69,21 @@ def select(
     excluded = set[str]().union(*(hits[p.text] for p in patterns if p.exclude))
     if not allow_unmatched and not included - excluded:
         raise SelectionError(_all_excluded(patterns))
+    if not allow_unmatched:
+        _refuse_unclear(unclear, patterns)
     chosen = tuple(layer for layer in candidates if layer.name in included - excluded)
     return Selection(chosen, {text: len(names) for text, names in hits.items()})
+
+
+def _refuse_unclear(unclear: list[Layer], patterns: list[Pattern]) -> None:
+    """
+    Raises:
+        SelectionError: a layer would be selected if its files told whether it is a Linear; it is not left out in silence.
+    """
+    for layer in unclear:
+        hits = [pattern.exclude for pattern in patterns if pattern.matches(layer)]
+        if hits and not any(hits):
+            raise SelectionError(f"{layer.name} {layer.reason}; or exclude it: '!{layer.name}'")
 
 
 def parse(text: str) -> Pattern:
@@ -178,7 +192,7 @@ def _split_braces(text: str, opening: int) -> tuple[list[str], str]:
     raise SelectionError(f"the braces in {text!r} do not pair")
 
 
-def _in_blocks(sites: list[Layer], blocks: str | Iterable[int] | None, allow_unmatched: bool) -> list[Layer]:
+def _in_blocks(sites: list[Layer], blocks: str | int | Iterable[int] | None, allow_unmatched: bool) -> list[Layer]:
     if blocks is None:
         return sites
     ranges = parse_blocks(blocks)
@@ -193,8 +207,10 @@ def _in_blocks(sites: list[Layer], blocks: str | Iterable[int] | None, allow_unm
     return [layer for layer in sites if any(block in span for span in ranges for block in blocks_of[layer.name])]
 
 
-def parse_blocks(blocks: str | Iterable[int]) -> list[range]:
+def parse_blocks(blocks: str | int | Iterable[int]) -> list[range]:
     """ "0-15,20" → [range(0, 16), range(20, 21)]."""
+    if isinstance(blocks, int):
+        blocks = [blocks]
     if not isinstance(blocks, str):
         return [range(block, block + 1) for block in blocks]
     ranges = []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torchgraft.checkpoint import Checkpoint
+from torchgraft.errors import FileFormatError
 
 RECORD = "torchgraft_merge.json"
 UNDO = "torchgraft_undo"
@@ -25,7 +27,7 @@ OTHER_WEIGHTS = [
     "*.onnx",
 ]
 """The same weights in other forms. Carried along they would be stale: the merge does not change them."""
-OTHER_DIRECTORIES = frozenset({"onnx", "openvino", "original", "coreml", ".git", ".cache"})
+OTHER_DIRECTORIES = ("onnx", "openvino", "original", "coreml", "checkpoint-*", ".git", ".cache")
 
 
 def sidecars(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
@@ -35,12 +37,19 @@ def sidecars(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
     weights = {header.path for header in checkpoint.headers}
     carried: list[Path] = []
     left_out: list[Path] = []
-    for path in sorted(checkpoint.root.rglob("*")):
+    for path in _files(checkpoint.root):
         relative = path.relative_to(checkpoint.root)
-        if path in weights or not path.is_file() or relative.parts[0] in (RECORD, UNDO):
+        if path in weights or relative.parts[0] in (RECORD, UNDO):
             continue
+        if not path.exists():
+            raise FileFormatError(f"{path}: a link to a file that is not there; download or copy it again")
         (left_out if _is_other_form(relative) else carried).append(relative)
     return carried, [path for path in left_out if not path.parts[0].startswith(".")]
+
+
+def _files(root: Path) -> list[Path]:
+    """Every file, also in directories that are links, as in a hub's cache."""
+    return sorted(Path(directory) / name for directory, _, names in os.walk(root, followlinks=True) for name in names)
 
 
 def copy_into(source: Path, target: Path) -> None:
@@ -55,6 +64,6 @@ def sha256(path: Path) -> str:
 
 
 def _is_other_form(relative: Path) -> bool:
-    if relative.parts[0] in OTHER_DIRECTORIES:
-        return len(relative.parts) > 1
+    if len(relative.parts) > 1 and any(fnmatchcase(relative.parts[0], pattern) for pattern in OTHER_DIRECTORIES):
+        return True
     return len(relative.parts) == 1 and any(fnmatchcase(relative.name, pattern) for pattern in OTHER_WEIGHTS)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torchgraft import dtypes
 from torchgraft.errors import AttachError
 from torchgraft.kinds import Kind, Shape
 
@@ -85,8 +84,3 @@ def to_canonical(kind: Kind, stored: Tensor) -> Tensor:
 def from_canonical(kind: Kind, matrix: Tensor, like: Tensor) -> Tensor:
     """`matrix` in the shape and dtype of the stored weight `like`: the one rounding of a merge."""
     return kind.from_canonical(matrix, tuple(like.shape)).to(like.dtype).contiguous()
-
-
-def dtype_of(module: nn.Module) -> str:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return dtypes.name_of(weight.dtype)

@@ -26,6 +26,20 @@ def merged_weight(hooks: MethodHooks, name: str, kind: Kind, config: Any, params
     return merged
 
 
+def rounded(name: str, trained: Tensor, original: Tensor) -> Tensor:
+    """A tensor that replaces `original` whole, in its dtype.
+
+    Raises:
+        MergeError: it has another shape, or an entry is NaN or infinite in that dtype.
+    """
+    if trained.shape != original.shape:
+        raise MergeError(f"{name}: the trained tensor has the shape {list(trained.shape)}, the model's {list(original.shape)}")
+    result = trained.to(original.dtype)
+    if not result.isfinite().all():
+        raise MergeError(f"{name}: the trained tensor has NaN or infinite entries as {original.dtype}. Nothing was changed")
+    return result
+
+
 def nearly_unmerged(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], merged: Tensor) -> Tensor:
     """What arithmetic makes of the original weight; `exact.correct` puts the rest right."""
     return _through(hooks.unmerge, kind, config, params, merged)

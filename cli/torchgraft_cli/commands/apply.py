@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,17 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
     MODEL is a checkpoint directory, a .safetensors file or a hub id. Without --target it is @linear: every matrix but
     the output head.
     """
+    from torchgraft.errors import SelectionError, TorchgraftWarning
     from torchgraft.output import refuse_existing
 
     refuse_existing(output)
     chosen = choose(model, plugin, **selection)
+    if not chosen.plan.sites:
+        raise SelectionError("nothing is selected: there would be nothing to train")
+    for layer in chosen.plan.sites:
+        if layer.tied:
+            text = f"{layer.name}: its weight is also that of {', '.join(layer.tied)}: it can be trained, but not merged"
+            warnings.warn(text, TorchgraftWarning, stacklevel=2)
     if not dry_run:
         from torchgraft.checkpoint_apply import apply_to_checkpoint
 

@@ -68,13 +68,10 @@ def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = Tru
     if tree:
         out.print(model_table(rows(found.layers, trained, depth), found.total_params, out, name))
         out.print()
-    total = found.trained_params + sum(trained.values())
-    dense = sum(prod(layer.shape) for layer in found.sites)
+    own, dense = sum(trained.values()), sum(prod(layer.shape) for layer in found.sites)
     counts = ", ".join(f"{pattern} {count}" for pattern, count in found.patterns.items())
     out.print(f"{len(found.sites)} of {len(found.layers)} modules selected: {counts}")
+    share = f"{percent(own, dense)} of the {dense:,} in the selected layers, " if dense else ""
+    out.print(f"{name} trains {own:,} numbers: {share}{percent(own, found.total_params)} of the model's {found.total_params:,}")
     if found.trained:
-        out.print(f"trained whole: {', '.join(found.trained)} ({found.trained_params:,})")
-    out.print(
-        f"{name} trains {total:,} numbers: {percent(total, dense)} of the {dense:,} in the selected layers, "
-        f"{percent(total, found.total_params)} of the model's {found.total_params:,}"
-    )
+        out.print(f"trained whole beside it: {', '.join(found.trained)}, {found.trained_params:,} numbers")
