@@ -385,6 +385,6 @@ def test_what_the_files_do_not_tell_is_asked_for_and_not_left_out(adapt: Callabl
         refused = adapt("inspect", tmp_path, "--target", target)
         assert (refused.code, refused.out) == (2, "")
         assert "--kind 'h.0.c_proj=Linear'" in refused.err
-    told = adapt("inspect", tmp_path, "--target", "@linear", "--kind", "c_proj=Conv1D", "--json")
+    told = adapt("inspect", tmp_path, "--target", "@linear", "--kind", "c_proj=Conv1D", "-r", 2, "--json")
     assert json.loads(told.out)["sites"] == ["h.0.c_proj", "h.0.fc1"]
-    assert json.loads(adapt("inspect", tmp_path, "--target", "@linear", "--target", "!c_proj", "--json").out)["matched"] == 1
+    assert json.loads(adapt("inspect", tmp_path, "--target", "@linear", "--target", "!c_proj", "-r", 2, "--json").out)["matched"] == 1
