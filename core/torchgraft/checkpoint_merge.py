@@ -21,10 +21,10 @@ from torchgraft import exact
 from torchgraft.adapter_files import NATIVE, PEFT_CONFIG, AdapterFiles, read_adapter
 from torchgraft.adapter_load import read_tensors
 from torchgraft.bases import base_of_checkpoint
-from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
+from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json
 from torchgraft.checkpoint_verify import SAMPLED_ROWS, verify_merge
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
-from torchgraft.merge_job import Merge, Progress, copy_bytes, prepare_on, relative_name
+from torchgraft.merge_job import Merge, Progress, prepare_on, relative_name, write_weights
 from torchgraft.output import json_bytes, new_directory, refuse_existing
 from torchgraft.pairing import pair
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sidecars
@@ -139,21 +139,14 @@ def _check_space(target: Path, needed: int) -> None:
 
 def _write_weights(merge: Merge, directory: Path, undo: bool, progress: Progress) -> dict[str, exact.Correction]:
     corrections: dict[str, exact.Correction] = {}
-    for header in merge.checkpoint.headers:
-        path = directory / relative_name(merge.checkpoint, header)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with header.path.open("rb") as source, path.open("wb") as target:
-            target.write(header.raw)
-            for entry in header.in_file_order:
-                if entry.name not in merge.changed:
-                    copy_bytes(source, target, entry, progress)
-                    continue
-                original = read_tensor(source, entry)
-                merged = merge.merged(entry.name, original)
-                if undo:
-                    corrections[entry.name] = _correction(merge, entry.name, original, merged)
-                target.write(exact.as_bytes(merged))
-                progress(entry.end - entry.begin)
+
+    def change(name: str, original: Tensor) -> Tensor:
+        merged = merge.merged(name, original)
+        if undo:
+            corrections[name] = _correction(merge, name, original, merged)
+        return merged
+
+    write_weights(merge.checkpoint, directory, merge.changed, change, progress)
     return corrections
 
 

@@ -13,11 +13,11 @@ from torchgraft import exact
 from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_load import read_tensors
 from torchgraft.bases import base_of_checkpoint
-from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json, read_tensor
+from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json
 from torchgraft.checkpoint_merge import CORRECTIONS, FORMAT
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError
-from torchgraft.merge_job import Merge, Progress, copy_bytes, prepare_on, relative_name
+from torchgraft.merge_job import Merge, Progress, prepare_on, relative_name, write_weights
 from torchgraft.output import new_directory, refuse_existing
 from torchgraft.pairing import pair
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sidecars
@@ -46,7 +46,10 @@ def unmerge_checkpoint(merged: str | Path, output: str | Path, *, progress: Prog
     merge, corrections = _prepare(checkpoint, record)
     carried, _ = sidecars(checkpoint)
     with new_directory(target) as directory:
-        _write_weights(merge, corrections, record, directory, progress)
+        originals = record["original_tensors"]
+        write_weights(
+            checkpoint, directory, originals, lambda name, tensor: _restored(merge, corrections, name, tensor, originals[name]), progress
+        )
         for relative in carried:
             if relative.as_posix() in record["original_files"]:
                 copy_into(checkpoint.root / relative, directory / relative)
@@ -93,21 +96,6 @@ def _prepare(checkpoint: Checkpoint, record: Mapping[str, Any]) -> tuple[Merge, 
         raise FileFormatError(f"{undo / CORRECTIONS}: it is missing or was changed since the merge; copy the merged directory again")
     corrections = open_checkpoint(undo / CORRECTIONS)
     return merge, {name: corrections.read(name) for name in corrections.tensors}
-
-
-def _write_weights(merge: Merge, corrections: Mapping[str, Tensor], record: Mapping[str, Any], directory: Path, progress: Progress) -> None:
-    for header in merge.checkpoint.headers:
-        path = directory / relative_name(merge.checkpoint, header)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with header.path.open("rb") as source, path.open("wb") as target:
-            target.write(header.raw)
-            for entry in header.in_file_order:
-                digest = record["original_tensors"].get(entry.name)
-                if digest is None:
-                    copy_bytes(source, target, entry, progress)
-                    continue
-                target.write(exact.as_bytes(_restored(merge, corrections, entry.name, read_tensor(source, entry), digest)))
-                progress(entry.end - entry.begin)
 
 
 def _restored(merge: Merge, corrections: Mapping[str, Tensor], name: str, merged: Tensor, digest: str) -> Tensor:

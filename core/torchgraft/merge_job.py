@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
 
+from torchgraft import exact
 from torchgraft.adapter_load import site_tensors
 from torchgraft.bases import Base, PairedSite, Pairing
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint import Checkpoint, read_tensor
 from torchgraft.errors import FileFormatError, MergeError
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.safetensors_header import Header, TensorEntry
@@ -66,7 +67,24 @@ def prepare_on(checkpoint: Checkpoint, pairing: Pairing, base: Base) -> Merge:
     return Merge(checkpoint, pairing, registry().hooks(pairing.method.name), sites, pairing.trained)
 
 
-def copy_bytes(source: BinaryIO, target: BinaryIO, entry: TensorEntry, progress: Progress) -> None:
+def write_weights(
+    checkpoint: Checkpoint, directory: Path, names: Collection[str], change: Callable[[str, Tensor], Tensor], progress: Progress
+) -> None:
+    """Every weight file under its own header: the tensors in `names` as `change` makes them, the others byte for byte."""
+    for header in checkpoint.headers:
+        path = directory / relative_name(checkpoint, header)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with header.path.open("rb") as source, path.open("wb") as target:
+            target.write(header.raw)
+            for entry in header.in_file_order:
+                if entry.name in names:
+                    target.write(exact.as_bytes(change(entry.name, read_tensor(source, entry))))
+                    progress(entry.end - entry.begin)
+                else:
+                    _copy_bytes(source, target, entry, progress)
+
+
+def _copy_bytes(source: BinaryIO, target: BinaryIO, entry: TensorEntry, progress: Progress) -> None:
     """One tensor's bytes from file to file."""
     source.seek(entry.begin)
     left = entry.end - entry.begin
