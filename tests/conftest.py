@@ -14,7 +14,7 @@ settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # a new example is found at a desk, not when landing
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
-from torchgraft_cli.main import main
+from torchgraft_cli.main import main  # noqa: E402  (transformers reads the environment when it is imported)
 
 
 @dataclass(frozen=True)
