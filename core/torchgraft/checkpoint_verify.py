@@ -18,10 +18,11 @@ SAMPLED_ROWS = 64
 
 def verify_merge(merge: Merge, directory: Path) -> None:
     """Read back what was written and compare it with the same formula in float64."""
+    changed = merge.changed
     for header in merge.checkpoint.headers:
         with (directory / relative_name(merge.checkpoint, header)).open("rb") as written, header.path.open("rb") as source:
             for entry in header.in_file_order:
-                if entry.name in merge.changed:
+                if entry.name in changed:
                     _verify_tensor(merge, entry.name, read_tensor(source, entry), read_tensor(written, entry))
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from torchgraft.config import Config
 from torchgraft.kinds import Kind, Shape
 from torchgraft.method import Method
 
@@ -102,5 +101,3 @@ def layer_kind() -> Kind:  # type: ignore[empty-body]
 
 METHOD_HOOKS = ("adapter_init", "adapter_forward", "adapter_merge", "adapter_unmerge")
 """What a plugin that has a method must provide."""
-
-__all__ = ["METHOD_HOOKS", "PROJECT", "Config", "hookimpl", "hookspec"]
