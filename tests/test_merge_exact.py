@@ -360,14 +360,16 @@ def test_a_correction_restores_any_bits_and_holds_no_more_than_the_differences(p
     assert torch.equal(bits(restored), bits(original))
     assert torch.equal(bits(nearly), bits(from_bytes(second, dtype, transpose))), "what was given must stay as it was"
     entries = range(0, len(first), dtype.itemsize)
-    assert len(correction.index) == sum(first[at : at + dtype.itemsize] != second[at : at + dtype.itemsize] for at in entries)
+    different = sum(first[at : at + dtype.itemsize] != second[at : at + dtype.itemsize] for at in entries)
+    assert correction.dense == (different * (4 + dtype.itemsize) > len(first)), "dense only where positions would cost more"
+    assert len(correction.index) == (0 if correction.dense else different)
     row_major = bits(original).numpy().tobytes()
     assert correction.digest == digest(original) == hashlib.sha256(row_major).hexdigest()
 
     wrong = replace(correction, digest=hashlib.sha256(row_major + b"0").hexdigest())
     with pytest.raises(tg.MergeError, match=r"layer: unmerging does not give the original bits.*Nothing was changed"):
         correct(nearly, wrong, "layer")
-    untouched = sorted(set(range(original.numel())) - set(correction.index.tolist()))
+    untouched = range(original.numel()) if correction.dense else sorted(set(range(original.numel())) - set(correction.index.tolist()))
     if untouched:
         flipped = bits(nearly)
         flipped.view(-1)[untouched[bit % len(untouched)]] ^= 1

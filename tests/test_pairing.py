@@ -338,6 +338,7 @@ def test_what_peft_can_do_and_we_cannot_is_refused(key: str, adapter: Path, base
 def test_dora_without_its_plugin_is_refused(adapter: Path, base: Path, adapt: Adapt, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = tg.Registry([point for point in entry_points(group="torchgraft") if point.name == "lora"])
     monkeypatch.setattr("torchgraft.pairing.registry", lambda: alone)
+    monkeypatch.setattr("torchgraft.peft_pairing.registry", lambda: alone)
     edit_json(adapter / "adapter_config.json", use_dora=True)
     assert_refused("no installed method reads PEFT's peft_type 'LORA' with use_dora; see 'adapt plugins list'", adapter, base, adapt)
 

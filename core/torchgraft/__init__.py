@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
     from torchgraft.adapter_load import load as load
-    from torchgraft.attaching import apply as apply
+    from torchgraft.attaching import apply as apply, seed_of as seed_of
     from torchgraft.checkpoint_merge import MergeReport as MergeReport, merge_checkpoint as merge_checkpoint
     from torchgraft.checkpoint_unmerge import unmerge_checkpoint as unmerge_checkpoint
     from torchgraft.config import Config as Config, LowRankConfig as LowRankConfig
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TorchgraftError as TorchgraftError,
         TorchgraftWarning as TorchgraftWarning,
     )
+    from torchgraft.graft import SitePart as SitePart
     from torchgraft.hookspecs import hookimpl as hookimpl
     from torchgraft.kinds import Kind as Kind
     from torchgraft.lowrank import (
@@ -33,10 +34,14 @@ if TYPE_CHECKING:
         factor_shapes as factor_shapes,
         factors as factors,
         init_factors as init_factors,
+        scaled_param_groups as scaled_param_groups,
     )
     from torchgraft.manager import Registry as Registry, registry as registry
     from torchgraft.method import Method as Method, PeftFormat as PeftFormat
     from torchgraft.planning import Plan as Plan, plan as plan
+    from torchgraft.quantized_loading import load_quantized as load_quantized
+    from torchgraft.quantizing import Quantization as Quantization, quantized_linear as quantized_linear
+    from torchgraft.resizing import Resize as Resize
     from torchgraft.site import Site as Site
 
 __version__ = "0.1.0"
@@ -44,19 +49,23 @@ __version__ = "0.1.0"
 _HOMES = {
     "adapter": "Adapter Count activate adapters",
     "adapter_load": "load",
-    "attaching": "apply",
+    "attaching": "apply seed_of",
     "checkpoint_merge": "MergeReport merge_checkpoint",
     "checkpoint_unmerge": "unmerge_checkpoint",
     "config": "Config LowRankConfig",
     "errors": (
         "AttachError ConfigError FileFormatError MergeError PairingError PluginError SelectionError TorchgraftError TorchgraftWarning"
     ),
+    "graft": "SitePart",
     "hookspecs": "hookimpl",
     "kinds": "Kind",
-    "lowrank": "LowRankPeft factor_shapes factors init_factors",
+    "lowrank": "LowRankPeft factor_shapes factors init_factors scaled_param_groups",
     "method": "Method PeftFormat",
     "planning": "Plan plan",
     "manager": "Registry registry",
+    "quantized_loading": "load_quantized",
+    "quantizing": "Quantization quantized_linear",
+    "resizing": "Resize",
     "site": "Site",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from torch.optim import Optimizer
 
 from torchgraft import graft, module_merge
 from torchgraft.config import Config
-from torchgraft.errors import AttachError, MergeError
+from torchgraft.errors import AttachError, MergeError, TorchgraftWarning
 from torchgraft.graft import Part, SitePart, TrainedCopy
 from torchgraft.layers import Layer
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.module_layers import layers_of_module
+from torchgraft.optimizers import make_optimizer
 from torchgraft.planning import Plan
+from torchgraft.resizing import Resize, check_resizable, resize_
 from torchgraft.selection import near
 from torchgraft.site import Site
 
@@ -58,12 +61,17 @@ class Adapter:
         self.model = model
         self.name = name
         self.method = method
-        self.config = config
+        self.config: Any = config
+        """The method's own class of config, without overrides for single sites."""
         self.plan = base
         self.parts: dict[str, SitePart] = {}
         """By the site's name."""
         self.copies: dict[str, TrainedCopy] = {}
         """By the name of the module that is trained whole."""
+        self.state: dict[str, Any] = {}
+        """What the method keeps between its steps: tensors, and values that JSON has. Saved with the adapter."""
+        self._backwards = 0
+        self._stepped = False
 
     def __repr__(self) -> str:
         state = " (merged)" if self.merged else "" if self.active else " (not active)"
@@ -95,14 +103,64 @@ class Adapter:
         groups = self.hooks.param_groups(adapter=self, lr=lr, weight_decay=weight_decay)
         return groups or [{"params": self.parameters(), "lr": lr, "weight_decay": weight_decay}]
 
+    def optimizer(self, name: str, lr: float, weight_decay: float = 0.0, **options: Any) -> Optimizer:
+        """An optimizer with `param_groups`: "adamw", or one of bitsandbytes: "paged_adamw_32bit", "adamw_8bit", …
+
+        Raises:
+            ConfigError: there is no such optimizer, or the parameters' device has no paging.
+        """
+        return make_optimizer(name, self.param_groups(lr, weight_decay), lr, **options)
+
     def penalty(self) -> Tensor:
         """The sum of the method's terms for the loss; 0 where it has none."""
         terms = [part.hooks.penalty(part.site, part.config, part.tensors()) for part in self.parts.values()]
         return sum((term for term in terms if term is not None), start=torch.zeros(()))
 
     def step(self, optimizer: Optimizer, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """To be called after each optimizer step; does nothing where the method has nothing to do."""
+        """To be called after each `optimizer.step()`, before `zero_grad()`; does nothing where the method has nothing to do.
+
+        Args:
+            step: the number of this step, from 1.
+            metrics: what was measured at this step: {"val_loss": 0.3}.
+
+        Raises:
+            MergeError: the adapter is merged.
+            AttachError: the optimizer does not train this adapter, or its moments cannot follow a change of shape.
+        """
+        self._check_attached()
+        if self.merged:
+            raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
+        self._stepped = True
         self.hooks.step(adapter=self, optimizer=optimizer, step=step, metrics=metrics or {})
+
+    def resize(self, sites: Mapping[str, Resize], optimizer: Optimizer) -> None:
+        """Give sites tensors of other shapes, and let the optimizer's moments follow: for methods that change ranks.
+
+        The parameters stay the same objects, so optimizers and schedules go on with them.
+        """
+        check_resizable(optimizer, self.parameters())
+        for name, change in sites.items():
+            part = self.parts[name]
+            for key, value in change.tensors.items():
+                resize_(part._parameters[key], value, optimizer, change.carry[key])  # type: ignore[arg-type]
+            part.config = change.config
+
+    def watch(self) -> None:
+        """Count backward passes, to find out if a method that needs `step` is trained without it."""
+        if self.hooks.has("adapter_step"):
+            self.parameters()[0].register_post_accumulate_grad_hook(self._count_backward)  # type: ignore[no-untyped-call]
+
+    def _count_backward(self, parameter: Tensor) -> None:
+        self._backwards += 1
+
+    def _check_stepped(self) -> None:
+        if self._backwards and not self._stepped:
+            warnings.warn(
+                f"the adapter {self.name!r} was trained for {self._backwards} backward passes and adapter.step(optimizer, step=…) was "
+                f"never called, so {self.method} did nothing there; call it after each optimizer.step(), before zero_grad()",
+                TorchgraftWarning,
+                stacklevel=3,
+            )
 
     @property
     def active(self) -> bool:
@@ -147,6 +205,7 @@ class Adapter:
                 would not be finite.
         """
         self._check_attached()
+        self._check_stepped()
         module_merge.merge(self.name, self.by_module(), {layer.name: layer.tied for layer in self._layers()})
 
     def unmerge(self, *, discard_edits: bool = False) -> None:
@@ -189,6 +248,7 @@ class Adapter:
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json."""
         self._check_attached()
+        self._check_stepped()
         from torchgraft.adapter_save import save
 
         if any(parameter.is_meta for parameter in self.parameters()):

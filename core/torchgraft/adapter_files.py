@@ -23,6 +23,7 @@ PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
 NATIVE_TENSORS = "torchgraft.safetensors"
+STATE_TENSORS = "torchgraft_state.safetensors"
 FORMAT = 1
 SITE_RECORD = {"name": str, "kind": str, "shape": list, "dtype": str, "config": dict}
 
@@ -60,6 +61,21 @@ class AdapterFiles:
             return self._pickled[name]
         with self.tensor_file.open("rb") as file:
             return read_tensor(file, self._header.tensors[name])
+
+    def read_state(self) -> dict[str, Any]:
+        """What the method kept between its steps.
+
+        Raises:
+            FileFormatError: its tensors are missing, or not those that were saved.
+        """
+        state = self.native.get("state") or {"values": {}, "sha256": ""}
+        if not state["sha256"]:
+            return dict(state["values"])
+        path = self.directory / STATE_TENSORS
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != state["sha256"]:
+            raise FileFormatError(f"{path}: it is missing or not the file that {NATIVE} describes; copy the whole directory again")
+        with path.open("rb") as file:
+            return {**state["values"], **{name: read_tensor(file, entry) for name, entry in read_header(path).tensors.items()}}
 
     def read_all(self) -> dict[str, Tensor]:
         """Every tensor, by its name in the file."""
@@ -140,6 +156,7 @@ def _check_native(path: Path, native: Mapping[str, Any]) -> None:
             and isinstance(native["config"], dict)
             and all(isinstance(site[key], kind) for site in native["sites"] for key, kind in SITE_RECORD.items())
             and all(isinstance(name, str) for name in native["also_train"])
+            and isinstance(native.get("state", {}), dict)
         )
     except (KeyError, TypeError):
         sound = False

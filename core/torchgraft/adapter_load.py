@@ -26,7 +26,9 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
             model's weights are not those that it was made for. The model is then unchanged.
     """
     base = base_of_module(model)
-    pairing = pair(read_adapter(directory), base).demand(base)
+    files = read_adapter(directory)
+    pairing = pair(files, base).demand(base)
+    state = files.read_state()
     tensors = read_tensors(pairing)
     sites = {paired.site.name: paired for paired in pairing.sites}
     layers = tuple(base.layers[site] for site in sites)
@@ -37,6 +39,7 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
         return site_tensors(pairing, sites[site.name], tensors)
 
     adapter = attach(Adapter(model, name, pairing.method.name, pairing.config, chosen), configs, make)
+    adapter.state.update(state)
     _fill_copies(adapter, pairing, tensors)
     return adapter
 
@@ -62,7 +65,7 @@ def site_tensors(pairing: Pairing, paired: PairedSite, tensors: dict[str, Tensor
     """One site's tensors as the method names them."""
     found = {suffix: tensors[name] for suffix, name in paired.tensors.items()}
     if pairing.files.peft and pairing.method.peft is not None:
-        return pairing.method.peft.from_tensors(paired.site, paired.config, found)
+        return pairing.method.peft.from_tensors(paired.site, paired.config, found, pairing.config)
     return found
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torchgraft
-from torchgraft import fingerprint, peft_names
-from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, meaning
+from torchgraft import peft_names
+from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS, meaning
 from torchgraft.config import Config
 from torchgraft.errors import FileFormatError
-from torchgraft.graft import parts_of
+from torchgraft.fingerprint import frozen_fingerprint
 from torchgraft.manager import registry
 from torchgraft.method import Method
 from torchgraft.output import json_bytes, replace_file
@@ -53,6 +52,8 @@ class Contents:
     """The names of all modules of the base."""
     base: str | None
     """The base's name or path, as the user gave it."""
+    state: Mapping[str, Any] = field(default_factory=dict)
+    """What the method keeps between its steps."""
 
 
 def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
@@ -69,6 +70,7 @@ def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
         also_saved={name: own_state(adapter.model.get_submodule(name)) for name in also_saved(adapter.plan.trained, modules)},
         modules=modules,
         base=getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
+        state=adapter.state,
     )
     write(contents, Path(directory))
 
@@ -89,15 +91,23 @@ def write(contents: Contents, directory: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(contents).items()}
     config = _peft_config(contents) if peft else {}
     data = serialize(tensors, metadata={"format": "pt"})
+    state = {key: value.detach().cpu().contiguous() for key, value in contents.state.items() if hasattr(value, "detach")}
+    state_data = serialize(state, metadata={"format": "pt"}) if state else b""
     file, stale = (PEFT_TENSORS, [NATIVE_TENSORS]) if peft else (NATIVE_TENSORS, [PEFT_TENSORS, PEFT_CONFIG])
+    stale += [] if state else [STATE_TENSORS]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         replace_file(directory / file, data)
         if config:
             replace_file(directory / PEFT_CONFIG, json_bytes(config))
+        if state:
+            replace_file(directory / STATE_TENSORS, state_data)
         for name in stale:  # of another method's adapter that was here before
             (directory / name).unlink(missing_ok=True)
         record = _record(contents, file, data) | ({"peft_config": meaning(config)} if config else {})
+        if contents.state:
+            values = {key: value for key, value in contents.state.items() if key not in state}
+            record["state"] = {"values": values, "sha256": hashlib.sha256(state_data).hexdigest() if state else ""}
         replace_file(directory / NATIVE, json_bytes(record))
     except OSError as error:
         raise FileFormatError(f"{directory}: cannot be written: {error.strerror}") from error
@@ -109,7 +119,7 @@ def _named_tensors(contents: Contents) -> dict[str, Tensor]:
     whole = contents.trained | (contents.also_saved if peft else {})
     tensors = {f"{prefix}{module}.{key}": tensor for module, state in whole.items() for key, tensor in state.items()}
     for saved in contents.sites:
-        named = peft.to_tensors(saved.site, saved.config, saved.params) if peft else saved.params
+        named = peft.to_tensors(saved.site, saved.config, saved.params, contents.config) if peft else saved.params
         tensors.update({f"{prefix}{saved.site.name}.{suffix}": tensor for suffix, tensor in named.items()})
     return tensors
 
@@ -117,22 +127,16 @@ def _named_tensors(contents: Contents) -> dict[str, Tensor]:
 def _peft_config(contents: Contents) -> dict[str, Any]:
     peft = contents.method.peft
     assert peft is not None
-    entries = {saved.site.name: peft.to_config(saved.site, saved.config, contents.config) for saved in contents.sites}
-    names = list(entries)
+    names = [saved.site.name for saved in contents.sites]
     free = [module for module in contents.modules if not peft_names.in_saved_module({"modules_to_save": contents.also_train}, module)]
-    document: dict[str, Any] = {
+    return {
         "base_model_name_or_path": contents.base,
         "task_type": None,
         "inference_mode": True,
         "target_modules": peft_names.targets(names, free),
         "modules_to_save": sorted(contents.also_train) or None,
+        **peft.document([(saved.site, saved.config) for saved in contents.sites], contents.config),
     }
-    common = Counter((entry.get("r"), entry.get("lora_alpha")) for entry in entries.values()).most_common(1)[0][0]
-    document |= next(entry for entry in entries.values() if (entry.get("r"), entry.get("lora_alpha")) == common)
-    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        own = {name: entry[key] for name, entry in entries.items() if entry.get(key) != document.get(key)}
-        document[pattern] = peft_names.patterns(own, names)
-    return document
 
 
 def _record(contents: Contents, file: str, data: bytes) -> dict[str, Any]:
@@ -154,17 +158,11 @@ def _site_record(saved: SavedSite, default: Config) -> dict[str, Any]:
     own, common = saved.config.model_dump(), default.model_dump()
     return {
         "name": saved.site.name,
-        "kind": saved.site.kind.name,
+        "kind": saved.site.kind.stored_as or saved.site.kind.name,
         "shape": list(saved.site.shape),
         "dtype": saved.site.dtype,
         "groups": saved.site.groups,
         "config": {key: value for key, value in own.items() if value != common[key]},
         "fingerprint": saved.fingerprint,
+        **({"quantization": dict(saved.site.quantization)} if saved.site.quantization else {}),
     }
-
-
-def frozen_fingerprint(site: Site) -> str:
-    """Of the weight as it was before any adapter was merged into it."""
-    parts = parts_of(site.module) if site.module is not None else []
-    first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)
-    return first.fingerprint if first is not None else fingerprint.of_tensor(site.stored_weight())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,15 @@ from torchgraft import fused, graft
 from torchgraft.adapter import Adapter, adapters, attached_to
 from torchgraft.config import Config, parse_config
 from torchgraft.errors import AttachError
-from torchgraft.graft import SitePart, TrainedCopy
+from torchgraft.graft import Form, SitePart, TrainedCopy
+from torchgraft.kinds import kind_of
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.planning import configure, plan, site_of
 from torchgraft.site import Site
+
+Make = Callable[[Site], Mapping[str, Tensor]]
+"""Makes one site's tensors."""
 
 
 def apply(
@@ -63,7 +68,7 @@ def apply(
     return attach(Adapter(model, name, method, config, chosen), configs, make)
 
 
-def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site], Mapping[str, Tensor]]) -> Adapter:
+def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapter:
     """Put `adapter` on its model, with each site's tensors from `make`. Everything that can fail comes before any change."""
     model, name, base = adapter.model, adapter.name, adapter.plan
     if not graft.is_adapter_name(name):
@@ -72,9 +77,12 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site
         raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
     if not base.sites:
         raise AttachError("nothing is selected: there would be nothing to train")
+    forms: dict[str, Form] = {}
     for layer in base.sites:
         graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))
-        adapter.parts[layer.name] = _site_part(adapter, layer, configs[layer.name], make)
+        adapter.parts[layer.name], form = _site_part(adapter, layer, configs[layer.name], make)
+        if form is not None:
+            forms[layer.name] = form
     for trained in _runnable(model, base.trained):
         module = model.get_submodule(trained)
         graft.check_can_attach(name, trained, module)
@@ -82,6 +90,8 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site
         if all(copy.original is not module for copy in adapter.copies.values()):  # one module under two names is one
             adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
     _check_clashes(adapter)
+    for layer_name, form in forms.items():
+        graft.become(model.get_submodule(layer_name), form)
     attached = attached_to(model)
     if not attached.adapters:
         attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -91,6 +101,7 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Callable[[Site
     for module, part in adapter.by_module().values():
         graft.attach(module, name, part, needs_hook=module in in_fused_layers)
     attached.adapters[name] = adapter
+    adapter.watch()
     return adapter
 
 
@@ -113,9 +124,13 @@ def seed_of(seed: int, site: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "little") >> 1
 
 
-def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Callable[[Site], Mapping[str, Tensor]]) -> SitePart:
+def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tuple[SitePart, Form | None]:
+    """The part for one site; and what its module is to become first, if the method asks for that."""
     module = adapter.model.get_submodule(layer.name)
-    site = site_of(layer, module)
+    site = replace(site_of(layer, module), beneath=graft.Stack(module))
+    layer_instead = adapter.hooks.prepare(site, config)
+    if layer_instead is not None:
+        site = _replaced(layer, module, layer_instead)
     tensors = make(site)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = adapter.hooks.shapes(site, config)
@@ -123,14 +138,27 @@ def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Callable[[S
         raise AttachError(
             f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
         )
-    device = site.stored_weight().device
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return SitePart(site, adapter.method, config, moved, adapter.hooks.method.buffers)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    moved = {name: tensor.to(weight.device) for name, tensor in tensors.items()}
+    part = SitePart(replace(site, module=module), adapter.method, config, moved, adapter.hooks.method.buffers)
+    return part, None if layer_instead is None else graft.form_of(layer_instead)
+
+
+def _replaced(layer: Layer, module: nn.Module, instead: nn.Module) -> Site:
+    """The site as it will be when `module` has become `instead`."""
+    if graft.parts_of(module):
+        raise AttachError(f"{layer.name}: other adapters were made for its weight as it is; detach them, or prepare the layer first")
+    if layer.tied:
+        raise AttachError(f"{layer.name}: its weight is also that of {', '.join(layer.tied)}, and would no longer be; exclude one of them")
+    kind, reason = kind_of(instead, registry().kinds())
+    if kind is None:
+        raise AttachError(f"{layer.name}: what it is to become cannot be adapted: it {reason or 'has no kind'}")
+    return site_of(replace(layer, kind=kind.name), instead)
 
 
 def _home(site: Site) -> str:
     """Where a site's tensors are made: on the CPU, for the same numbers everywhere; without values if the model has none."""
-    return "meta" if site.stored_weight().is_meta else "cpu"
+    return "meta" if site.module.weight.is_meta else "cpu"  # type: ignore[union-attr]
 
 
 def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torchgraft.kinds import Shape
 from torchgraft.layers import Layer, by_name
 from torchgraft.manager import registry
 from torchgraft.method import Method
+from torchgraft.planning import site_of
 from torchgraft.site import Site
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def base_of_module(model: nn.Module) -> Base:
     shapes = {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
 
     def sample(name: str) -> str:
-        return fingerprint.of_tensor(model.get_submodule(name).weight)  # type: ignore[arg-type]
+        return fingerprint.of_site(site_of(layers[name], model.get_submodule(name)))
 
     return Base(type(model).__name__, layers, shapes, sample, is_module=True)
 

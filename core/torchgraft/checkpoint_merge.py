@@ -153,7 +153,8 @@ def _write_weights(merge: Merge, directory: Path, undo: bool, progress: Progress
 def _correction(merge: Merge, name: str, original: Tensor, merged: Tensor) -> exact.Correction:
     if name in merge.replaced:  # nothing of the original is in the result: all of it is kept
         return exact.Correction(torch.empty(0, dtype=torch.int32), original.flatten(), exact.digest(original))
-    return exact.make_correction(original, merge.nearly_unmerged(name, merged))
+    needed = merge.undo_tensors(name, original)
+    return exact.make_correction(original, merge.nearly_unmerged(name, merged, needed), needed)
 
 
 def _write_undo(merge: Merge, directory: Path, corrections: dict[str, exact.Correction]) -> None:
@@ -165,6 +166,7 @@ def _write_undo(merge: Merge, directory: Path, corrections: dict[str, exact.Corr
     sparse = {name: correction for name, correction in corrections.items() if name in merge.sites}
     tensors = {f"{name}#index": correction.index for name, correction in sparse.items()}
     tensors |= {f"{name}#value": correction.value for name, correction in corrections.items()}
+    tensors |= {f"{name}#{key}": tensor.contiguous() for name, correction in sparse.items() for key, tensor in correction.needed.items()}
     save_file(tensors, undo / CORRECTIONS, metadata={"format": "pt"})
     for relative in (RECORD, UNDO):  # of an earlier merge, which unmerging this one gives back
         earlier = merge.checkpoint.directory / relative

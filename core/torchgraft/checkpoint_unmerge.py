@@ -105,7 +105,8 @@ def _restored(merge: Merge, corrections: Mapping[str, Tensor], name: str, merged
     if name in merge.replaced:
         return value.reshape(merged.shape)
     correction = exact.Correction(corrections[f"{name}#index"], value, digest)
-    return exact.correct(merge.nearly_unmerged(name, merged), correction, name)
+    needed = {key.removeprefix(f"{name}#"): tensor for key, tensor in corrections.items() if key.startswith(f"{name}#")}
+    return exact.correct(merge.nearly_unmerged(name, merged, needed), correction, name)
 
 
 def _check_files(record: Mapping[str, Any], directory: Path, checkpoint: Checkpoint) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -21,6 +21,9 @@ class Config(BaseModel):
     """What every method's options derive from. Values are checked strictly: rank="8" is an error, not an 8."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    adapter_wide: ClassVar[frozenset[str]] = frozenset()
+    """Options that an adapter has once, so that they cannot be overridden for single sites."""
 
     def advise(self, site: Site) -> str:
         """What a user should know before this config is used on `site`, or nothing.
@@ -51,6 +54,9 @@ class LowRankConfig(Config):
     )
     sigma: float = Field(1.0, gt=0, allow_inf_nan=False, description="σ of the gaussian inits: entries are N(0, σ²/r)")
     dtype: DType = Field("float32", description="of the adapter's parameters")
+    lr_scale_a: float = Field(1.0, gt=0, allow_inf_nan=False, description="A's learning rate over the base rate")
+    lr_scale_b: float = Field(1.0, gt=0, allow_inf_nan=False, description="B's learning rate over the base rate")
+    lr_scale_embedding: float = Field(1.0, gt=0, allow_inf_nan=False, description="the same, for A and B of an Embedding")
 
     @field_validator("init", mode="before")
     @classmethod
@@ -95,6 +101,8 @@ def parse_config(method: str, config: type[C], values: Mapping[str, Any]) -> C:
 
 def _explain(method: str, config: type[Config], problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
+    if not name:  # several options that do not go together
+        return f"{method}: {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] == "extra_forbidden":
         close = near(name, config.model_fields)
         return f"{method} has no option {name!r}{close}; its options are {', '.join(config.model_fields)}"

@@ -8,24 +8,43 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchgraft.errors import MergeError
 
+if TYPE_CHECKING:
+    from torchgraft.graft import Form
+
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type of each element size: bits are compared, not values, for NaN and -0.0 are bits too."""
+
+POSITION = 4
+"""Bytes of a position in all but giant tensors."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """How to turn the nearly restored tensor into the original: flat positions, the original's entries there, its hash."""
+    """How to turn the nearly restored tensor into the original.
+
+    Sparse: flat positions, and the original's entries there. Dense, where arithmetic misses so often that positions would
+    cost more: no positions, and for every entry the difference of the bits, read as integers.
+    """
 
     index: Tensor
     value: Tensor
     digest: str
+    """Of the original."""
+    needed: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method asked for, by its hook adapter_undo."""
+
+    @property
+    def dense(self) -> bool:
+        return self.value.numel() > self.index.numel()
 
 
 @dataclass(frozen=True)
@@ -39,19 +58,23 @@ class Undo:
     merged: dict[str, str]
     """The digests of the module's tensors after the merge."""
     corrections: dict[str, Correction] = field(default_factory=dict)
+    form: Form | None = None
+    """Of a quantised layer: what it was before it became a dense one."""
     originals: dict[str, Tensor] = field(default_factory=dict)
     """What a module that is trained whole had before."""
     fingerprint: str = ""
     """Of the weight before the merge."""
 
 
-def make_correction(original: Tensor, nearly: Tensor) -> Correction:
-    """Where `nearly` differs from `original`; same shape and dtype."""
+def make_correction(original: Tensor, nearly: Tensor, needed: Mapping[str, Tensor] | None = None) -> Correction:
+    """Where `nearly`, restored with the help of `needed`, differs from `original`; same shape and dtype."""
     bits = BITS[original.element_size()]
-    flat = original.contiguous().view(bits).flatten()
-    index = torch.nonzero(flat != nearly.contiguous().view(bits).flatten()).flatten()
+    flat, near = original.contiguous().view(bits).flatten(), nearly.contiguous().view(bits).flatten()
+    index = torch.nonzero(flat != near).flatten()
+    if index.numel() * (POSITION + original.element_size()) > flat.numel() * original.element_size():
+        return Correction(index[:0], _narrowed(flat - near), digest(original), needed or {})
     narrow = index.to(torch.int32) if flat.numel() < 2**31 else index
-    return Correction(narrow, original.flatten()[index].clone(), digest(original))
+    return Correction(narrow, original.flatten()[index].clone(), digest(original), needed or {})
 
 
 def correct(nearly: Tensor, correction: Correction, where: str) -> Tensor:
@@ -60,8 +83,12 @@ def correct(nearly: Tensor, correction: Correction, where: str) -> Tensor:
     Raises:
         MergeError: the hash of the result is not the original's.
     """
-    restored = nearly.flatten().clone()
-    restored[correction.index.long()] = correction.value
+    if correction.dense:
+        bits = BITS[nearly.element_size()]
+        restored = (nearly.contiguous().view(bits).flatten() + correction.value.to(nearly.device, bits)).view(nearly.dtype)
+    else:
+        restored = nearly.flatten().clone()
+        restored[correction.index.long()] = correction.value
     restored = restored.reshape(nearly.shape)
     if digest(restored) != correction.digest:
         raise MergeError(
@@ -69,6 +96,12 @@ def correct(nearly: Tensor, correction: Correction, where: str) -> Tensor:
             "here differs from where it was merged. Nothing was changed; take the weights from the base model"
         )
     return restored
+
+
+def _narrowed(difference: Tensor) -> Tensor:
+    """In a byte each, if they fit: most are a step or two of the last place."""
+    narrow = difference.to(torch.int8)
+    return narrow if narrow.to(difference.dtype).equal(difference) else difference
 
 
 def digest(tensor: Tensor) -> str:

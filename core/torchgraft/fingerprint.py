@@ -10,12 +10,16 @@ from torch import Tensor
 
 from torchgraft import dtypes
 from torchgraft.exact import as_bytes
+from torchgraft.graft import parts_of
 
 if TYPE_CHECKING:
     from torchgraft.checkpoint import Checkpoint
+    from torchgraft.site import Site
 
 RUNS = 16
 LENGTH = 16
+SOURCE = "_torchgraft_source"
+"""The attribute of a layer that was quantised here: the fingerprint of the weight before."""
 COMPARABLE = frozenset({"float32", "float64", "bfloat16"})
 """Rounded to bfloat16, these give the same sample of the same weight; float16 has lost other bits."""
 
@@ -33,6 +37,20 @@ def of_tensor(stored: Tensor) -> str:
         return ""
     flat = stored.detach().reshape(-1)
     return _digest(torch.cat([flat[first:end] for first, end in runs(flat.numel())]))
+
+
+def frozen_fingerprint(site: Site) -> str:
+    """Of the weight as it was before any adapter was merged into it."""
+    parts = parts_of(site.module) if site.module is not None else []
+    first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)
+    return first.fingerprint if first is not None else of_site(site)
+
+
+def of_site(site: Site) -> str:
+    """The fingerprint of a site's weight; of a quantised one, that of the weight it was quantised from, if that is known."""
+    if site.module is not None and site.kind.quantized:
+        return str(site.module.__dict__.get(SOURCE, ""))
+    return of_tensor(site.stored_weight())
 
 
 def of_file(checkpoint: Checkpoint, name: str) -> str:

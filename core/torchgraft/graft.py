@@ -7,9 +7,12 @@ The object, its name, its parameters and `isinstance` stay as they were. The ada
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from torchgraft.config import Config
@@ -17,6 +20,7 @@ from torchgraft.errors import AttachError
 from torchgraft.exact import Undo
 from torchgraft.manager import registry
 from torchgraft.site import Site
+from torchgraft.weights import widened
 
 CHILD = "adapters"
 
@@ -39,14 +43,36 @@ class Part(nn.Module):
         return layer(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """The parts on `module` that run before `end`; all that run, if `end` is not on it yet."""
+
+    module: nn.Module
+    end: Part | None = None
+
+    @torch.no_grad()
+    def merged(self, weight: Tensor) -> Tensor:
+        for part in self._parts():
+            weight = part.hooks.merge(part.config, widened(part.tensors(), weight), weight)
+        return weight
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for part in self._parts() for tensor in part.tensors().values()]
+
+    def _parts(self) -> list[SitePart]:
+        before = takewhile(lambda part: part is not self.end, parts_of(self.module))
+        return [part for part in before if isinstance(part, SitePart) and part.runs]
+
+
 class SitePart(Part):
     """A method's tensors for one site."""
 
     def __init__(self, site: Site, method: str, config: Config, tensors: Mapping[str, Tensor], buffers: frozenset[str]) -> None:
         super().__init__()
-        self.site = site
+        self.site = replace(site, beneath=Stack(site.module, self)) if site.module is not None else site
         self.method = method
-        self.config = config
+        self.config: Any = config
+        """The method's own class of config."""
         for name, tensor in tensors.items():
             if name in buffers:
                 self.register_buffer(name, tensor.detach())
@@ -158,6 +184,36 @@ def detach(module: nn.Module, name: str) -> None:
 def parts_of(module: nn.Module) -> list[Part]:
     """What sits on `module`, in the order in which it was attached."""
     return cast(list[Part], list(_container(module).values())) if isinstance(module, Grafted) else []
+
+
+@dataclass
+class Form:
+    """What a module is made of, its hooks and adapters aside."""
+
+    cls: type[nn.Module]
+    members: dict[str, Any]
+    parameters: dict[str, nn.Parameter | None]
+    buffers: dict[str, Tensor | None]
+
+
+def form_of(module: nn.Module) -> Form:
+    members = {key: value for key, value in module.__dict__.items() if key not in _MODULE_MEMBERS}
+    return Form(base_class(module), members, dict(module._parameters), dict(module._buffers))
+
+
+def become(module: nn.Module, form: Form) -> None:
+    """Give `module` another class and content. It stays the same object, with its hooks and adapters."""
+    for key in form_of(module).members:
+        del module.__dict__[key]
+    module.__dict__.update(form.members)
+    for own, new in ((module._parameters, form.parameters), (module._buffers, form.buffers)):
+        own.clear()
+        own.update(new)  # type: ignore[arg-type]
+    module.__class__ = _grafted_class(form.cls) if isinstance(module, Grafted) else form.cls
+
+
+_MODULE_MEMBERS = frozenset(nn.Module().__dict__) | {"_graft_hook"}
+"""The plain members that every module has."""
 
 
 def _container(module: nn.Module) -> nn.ModuleDict:

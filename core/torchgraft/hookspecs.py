@@ -16,7 +16,7 @@ from torchgraft.kinds import Kind, Shape
 from torchgraft.method import Method
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator, Tensor, nn
     from torch.optim import Optimizer
 
     from torchgraft.adapter import Adapter
@@ -71,11 +71,36 @@ def adapter_merge(config: Any, params: Mapping[str, Tensor], weight: Tensor, row
 
 
 @hookspec(firstresult=True)
+def adapter_undo(config: Any, params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:  # type: ignore[empty-body]
+    """What `adapter_unmerge` needs and the merged weight does not tell, such as norms of rows. Called by merge.
+
+    Optional. The tensors are kept with the merge and come back among `params`; they should be small. `weight` is the whole
+    frozen weight.
+    """
+
+
+@hookspec(firstresult=True)
 def adapter_unmerge(config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:  # type: ignore[empty-body]
     """The inverse of `adapter_merge`, as near as arithmetic allows. Called by merge and unmerge.
 
     It need not be exact: what it misses is recorded when merging, and put right after it. The nearer it comes, the
     smaller that record.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_to_lora(site: Site, config: Any, params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:  # type: ignore[empty-body]
+    """(s, {"A", "B"}) of the plain LoRA that is the same function: ΔW = s·B·A. Called by `adapt export --to lora`.
+
+    Optional: a method whose change is not of that form leaves it out.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_prepare(site: Site, config: Any) -> nn.Module | None:
+    """A layer to take the place of the site's own, before `adapter_init`: one with a quantised weight. Optional.
+
+    The site's module gets its class and contents, and stays the same object. None leaves the layer as it is.
     """
 
 
@@ -91,7 +116,11 @@ def adapter_penalty(site: Site, config: Any, params: Mapping[str, Tensor]) -> Te
 
 @hookspec(firstresult=True)
 def adapter_step(adapter: Adapter, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
-    """Called by `adapter.step(…)` after each optimizer step, for methods that change ranks or schedules. Optional."""
+    """Called by `adapter.step(…)` after each optimizer step, while the gradients are still there. Optional.
+
+    For methods that change ranks or schedules. `adapter.state` keeps what the method needs the next time, and is saved;
+    `adapter.resize(…)` changes shapes together with the optimizer's moments.
+    """
 
 
 @hookspec

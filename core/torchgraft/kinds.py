@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, dtype, nn
 
 Shape = tuple[int, ...]
 
@@ -24,6 +24,10 @@ class Kind(ABC):
     """One type of layer. `name` is what `inspect` shows and files record. Plugins add kinds by the hook `layer_kind`."""
 
     name: str
+    quantized = False
+    """Whether the module holds the weight as codes, so that it cannot be written but only replaced."""
+    stored_as = ""
+    """The kind that this layer has in a checkpoint, where that is another."""
 
     @abstractmethod
     def module_class(self) -> type[nn.Module] | None:
@@ -57,9 +61,33 @@ class Kind(ABC):
     def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
         """B applied to what `project_in` returned: Linear (…, r) → (…, out)."""
 
+    def dropout(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
+        """The layer's input with entries dropped, in training."""
+        return _dropout(x, p, module)
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """One number for each output feature, (out_features,), shaped so that it goes along with the layer's output."""
+        return vector
+
     def unfit(self, module: nn.Module) -> str:
         """Why this module, though of the right class, cannot be adapted; empty if it can."""
         return ""
+
+    def shape_of(self, module: nn.Module) -> Shape:
+        """Of the weight, as a checkpoint stores it."""
+        return tuple(module.weight.shape)  # type: ignore[arg-type]
+
+    def dtype_of(self, module: nn.Module) -> dtype:
+        """Of the weight; of a quantised one, the type that it was quantised from."""
+        return module.weight.dtype  # type: ignore[return-value]
+
+    def weight_of(self, module: nn.Module) -> Tensor:
+        """The weight, in the shape and type that a checkpoint stores; a quantised one is dequantised."""
+        return module.weight.detach()  # type: ignore[operator]
+
+    def quantization(self, module: nn.Module) -> dict[str, Any]:
+        """How the weight is quantised; empty if it is not."""
+        return {}
 
 
 class Linear(Kind):
@@ -136,6 +164,9 @@ class Embedding(Kind):
     def fan_in(self, shape: Shape) -> int:
         return 1  # a one-hot input reaches each output through one entry
 
+    def dropout(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
+        return x
+
     def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
         """Looks up columns of A. Indices cannot be dropped, so dropout falls on the columns that were looked up."""
         from torch.nn import functional as F
@@ -183,6 +214,9 @@ class ConvNd(Kind):
     def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
         return matrix.reshape(shape)
 
+    def broadcast(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *(1,) * self.dimensions)
+
     def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
         """(N, in, …) → (N, groups·r, …), by the layer's own convolution with A's rows as filters, once per group."""
         filters = a.reshape(len(a), *module.weight.shape[1:])  # type: ignore[index]
@@ -214,17 +248,17 @@ def kind_of(module: nn.Module, kinds: tuple[Kind, ...]) -> tuple[Kind | None, st
     for kind in kinds:
         base = kind.module_class()
         if base is not None and isinstance(module, base):
-            reason = _own_ways(module, base) or kind.unfit(module)
+            reason = _own_ways(module, kind, base) or kind.unfit(module)
             return (None, reason) if reason else (kind, "")
     return None, ""
 
 
-def _own_ways(module: nn.Module, base: type[nn.Module]) -> str:
+def _own_ways(module: nn.Module, kind: Kind, base: type[nn.Module]) -> str:
     """What would make an adapter's change differ from what the layer computes, or be passed over in silence."""
     weight = module._parameters.get("weight")
     if weight is None:
         return "has a weight that is computed, not stored (a parametrization?)"
-    if dtypes.name_of(weight.dtype) not in dtypes.ADAPTABLE:
+    if not kind.quantized and dtypes.name_of(weight.dtype) not in dtypes.ADAPTABLE:
         return f"has a weight of type {dtypes.name_of(weight.dtype)}, which is quantized"
     if "forward" in module.__dict__:
         return "has a forward that was replaced on the instance (by accelerate's hooks?), which would pass over the adapter"

@@ -6,18 +6,21 @@ Letters as in the papers: W (d, k) the frozen weight, A (r, k), B (d, r), s the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from torchgraft import dtypes
+from torchgraft import dtypes, peft_names
 from torchgraft.config import LowRankConfig
 from torchgraft.errors import ConfigError, PairingError, TorchgraftWarning
 from torchgraft.kinds import Shape
+from torchgraft.method import Role
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from torchgraft.adapter import Adapter
     from torchgraft.site import Site
 
 
@@ -98,8 +101,49 @@ def factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([a, params["A0"]]), torch.cat([b, -params["B0"]], dim=1)
 
 
+def scaled_param_groups(adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups with the rates of LoRA+ (Hayou et al. 2024, arXiv 2402.12354): μ_A = α_A·μ₀ and μ_B = α_B·μ₀.
+
+    | parameter                     | learning rate           | weight decay   |
+    |-------------------------------|-------------------------|----------------|
+    | A                             | lr · lr_scale_a         | as given       |
+    | B                             | lr · lr_scale_b         | as given       |
+    | A and B of an Embedding       | lr · lr_scale_embedding | as given       |
+    | magnitude                     | lr                      | none: it would shrink the frozen weight itself |
+    | others, modules trained whole | lr                      | as given       |
+
+    The method declares what each of its tensors is, in `Method.roles`.
+    """
+    groups: dict[tuple[float, float], list[Any]] = defaultdict(list)
+    roles = adapter.hooks.method.roles
+    for part in adapter.parts.values():
+        for name, parameter in part.named_parameters():
+            role = roles.get(name)
+            decay = 0.0 if role == "magnitude" else weight_decay
+            groups[lr * _lr_scale(part.config, role, part.site.kind.name), decay].append(parameter)
+    whole = [parameter for copy in adapter.copies.values() for parameter in copy.module.parameters()]
+    if whole:
+        groups[lr, weight_decay] += whole
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _lr_scale(config: Any, role: Role | None, kind: str) -> float:
+    if role not in ("A", "B"):
+        return 1.0
+    if kind == "Embedding":
+        return float(config.lr_scale_embedding)
+    return float(config.lr_scale_a if role == "A" else config.lr_scale_b)
+
+
 class LowRankPeft:
-    """The layout of PEFT's LORA type: suffixes lora_A.weight and lora_B.weight, or lora_embedding_A and _B."""
+    """The layout of PEFT's LORA type: suffixes lora_A.weight and lora_B.weight, or lora_embedding_A and _B.
+
+    Args:
+        claims: whether this method is the one that reads what PEFT itself wrote.
+    """
+
+    def __init__(self, *, claims: bool = True) -> None:
+        self.claims = claims
 
     IGNORED = frozenset(
         "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out "
@@ -110,21 +154,30 @@ class LowRankPeft:
     )
     """What the engine or this class reads, or what has no effect on a trained adapter."""
 
-    def to_config(self, site: Site, config: LowRankConfig, default: LowRankConfig) -> dict[str, Any]:
-        rank, rooted = self._peft_rank(site, config), default.scaling == "alpha/sqrt(r)"
-        as_it_is = rank == config.rank and config.scaling == default.scaling != "none"
-        alpha = config.alpha if as_it_is else config.scale * (sqrt(rank) if rooted else rank)
+    def document(self, sites: Sequence[tuple[Site, LowRankConfig]], default: LowRankConfig) -> dict[str, Any]:
+        rooted = default.scaling == "alpha/sqrt(r)"
+        values = {site.name: self._rank_and_alpha(site, config, default) for site, config in sites}
+        rank, alpha = Counter(values.values()).most_common(1)[0][0]
+        names = list(values)
         return {
             "peft_type": "LORA",
             "r": rank,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_alpha": alpha,
             "lora_dropout": default.dropout,
             "use_rslora": rooted,
             "init_lora_weights": True,
+            "rank_pattern": peft_names.patterns({name: own for name, (own, _) in values.items() if own != rank}, names),
+            "alpha_pattern": peft_names.patterns({name: own for name, (_, own) in values.items() if own != alpha}, names),
         }
 
+    def _rank_and_alpha(self, site: Site, config: LowRankConfig, default: LowRankConfig) -> tuple[int, float]:
+        rank, rooted = self._peft_rank(site, config), default.scaling == "alpha/sqrt(r)"
+        as_it_is = rank == config.rank and config.scaling == default.scaling != "none"
+        alpha = config.alpha if as_it_is else config.scale * (sqrt(rank) if rooted else rank)
+        return rank, int(alpha) if alpha == int(alpha) else alpha
+
     def from_config(self, peft: Mapping[str, Any], site: Site | None = None) -> LowRankConfig | None:
-        if peft.get("peft_type") != "LORA" or peft.get("use_dora"):
+        if not self.claims or peft.get("peft_type") != "LORA" or peft.get("use_dora"):
             return None
         if peft.get("bias", "none") != "none":
             raise PairingError(f"adapter_config.json: bias={peft['bias']!r}: trained biases are not supported; only bias='none' is")
@@ -159,7 +212,7 @@ class LowRankPeft:
         kernel = site.shape[2:]
         return {name_a: (rank, site.shape[1] * groups, *kernel), name_b: (site.out_features, rank // groups, *(1,) * len(kernel))}
 
-    def to_tensors(self, site: Site, config: LowRankConfig, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_tensors(self, site: Site, config: LowRankConfig, params: Mapping[str, Tensor], default: LowRankConfig) -> dict[str, Tensor]:
         a, b = factors(params)
         shapes = self.shapes(site, config)
         name_a, name_b = self._suffixes(site)
@@ -167,7 +220,7 @@ class LowRankPeft:
             a = _block_diagonal(a.reshape(len(a), *site.shape[1:]), site.groups)
         return {name_a: a.reshape(shapes[name_a]), name_b: b.reshape(shapes[name_b])}
 
-    def from_tensors(self, site: Site, config: LowRankConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_tensors(self, site: Site, config: LowRankConfig, tensors: Mapping[str, Tensor], default: LowRankConfig) -> dict[str, Tensor]:
         a, b = (tensors[suffix] for suffix in self._suffixes(site))
         if site.groups > 1:
             a = _from_block_diagonal(site, a)

@@ -16,19 +16,20 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
-from torchgraft import hookspecs, kinds
+from torchgraft import bnb_kinds, hookspecs, kinds
 from torchgraft.errors import PluginError, TorchgraftWarning
 from torchgraft.kinds import Kind, Shape
 from torchgraft.method import Method
 from torchgraft.selection import near
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Generator, Tensor, nn
 
     from torchgraft.site import Site
 
 GROUP = "torchgraft"
 DISTRIBUTION = "torchgraft"
+BUILTIN_KINDS = (*bnb_kinds.KINDS, *kinds.BUILTIN)  # the quantised linears first: they are subclasses of nn.Linear
 FORWARD_ARGUMENTS = ("site", "config", "params", "x", "base")
 
 Forward = Callable[..., "Tensor"]
@@ -125,7 +126,7 @@ class Registry:
     def kinds(self) -> tuple[Kind, ...]:
         """Every kind of layer: those of plugins, then the built-in ones."""
         self._load_all()
-        return (*self._manager.hook.layer_kind(), *kinds.BUILTIN)
+        return (*self._manager.hook.layer_kind(), *BUILTIN_KINDS)
 
     def kind(self, name: str) -> Kind:
         """The kind called `name`.
@@ -133,7 +134,7 @@ class Registry:
         Raises:
             PluginError: no plugin provides it.
         """
-        found = {kind.name: kind for kind in reversed(kinds.BUILTIN)}.get(name)
+        found = {kind.name: kind for kind in reversed(BUILTIN_KINDS)}.get(name)
         found = found or next((kind for kind in self.kinds() if kind.name == name), None)
         if found is None:
             raise PluginError(f"there is no kind of layer {name!r}; is the plugin that adds it installed?")
@@ -207,6 +208,10 @@ class MethodHooks:
         self._own = own
         self._caller = caller
 
+    def has(self, hook: str) -> bool:
+        """Whether the method provides an optional hook."""
+        return hook in self._own
+
     def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
         """Of the tensors that `init` returns, without making them if the method can tell."""
         shapes: dict[str, Shape] | None = self._caller("adapter_shapes")(site=site, config=config)
@@ -217,6 +222,14 @@ class MethodHooks:
         weight = torch.empty(site.shape, dtype=getattr(torch, site.dtype), device="meta")
         blank = replace(site, module=None, read=lambda: weight)
         return {name: tuple(tensor.shape) for name, tensor in self.init(blank, config, torch.Generator()).items()}
+
+    def prepare(self, site: Site, config: Any) -> nn.Module | None:
+        layer: nn.Module | None = self._caller("adapter_prepare")(site=site, config=config)
+        return layer
+
+    def to_lora(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        scale, factors = self._caller("adapter_to_lora")(site=site, config=config, params=params)
+        return scale, factors
 
     def init(self, site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = self._caller("adapter_init")(site=site, config=config, generator=generator)
@@ -246,6 +259,11 @@ class MethodHooks:
     def unmerge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
         restored: Tensor = self._caller("adapter_unmerge")(config=config, params=params, weight=weight, rows=rows)
         return restored
+
+    def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """Of the whole weight; empty if the method needs nothing."""
+        tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight)
+        return tensors or {}
 
     def param_groups(self, **arguments: Any) -> list[dict[str, Any]] | None:
         groups: list[dict[str, Any]] | None = self._caller("adapter_param_groups")(**arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +16,7 @@ from torchgraft.checkpoint import Checkpoint, read_tensor
 from torchgraft.errors import FileFormatError, MergeError
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.safetensors_header import Header, TensorEntry
-from torchgraft.weights import merged_weight, nearly_unmerged, rounded
+from torchgraft.weights import merged_weight, nearly_unmerged, rounded, undo_tensors
 
 CHUNK = 1 << 23
 
@@ -46,9 +46,14 @@ class Merge:
         paired = self.sites[name]
         return merged_weight(self.hooks, paired.site.name, paired.site.kind, paired.config, self.params(paired), original)
 
-    def nearly_unmerged(self, name: str, merged: Tensor) -> Tensor:
+    def undo_tensors(self, name: str, original: Tensor) -> dict[str, Tensor]:
+        """What the method needs to unmerge the tensor `name`."""
         paired = self.sites[name]
-        return nearly_unmerged(self.hooks, paired.site.kind, paired.config, self.params(paired), merged)
+        return undo_tensors(self.hooks, paired.site.kind, paired.config, self.params(paired), original)
+
+    def nearly_unmerged(self, name: str, merged: Tensor, needed: Mapping[str, Tensor]) -> Tensor:
+        paired = self.sites[name]
+        return nearly_unmerged(self.hooks, paired.site.kind, paired.config, self.params(paired) | dict(needed), merged)
 
     @property
     def changed(self) -> set[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torchgraft.config import Config
 from torchgraft.kinds import Shape
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from torchgraft.site import Site
 
 
+Role = Literal["A", "B", "magnitude"]
+"""What a parameter is to its method: it decides about learning rate and weight decay, as a name or a shape must not."""
+
+
 class PeftFormat(Protocol):
     """How a method's adapters stand in PEFT's files. Suffixes are what follows the layer's name: "lora_A.weight"."""
 
-    def to_config(self, site: Site, config: Any, default: Any) -> dict[str, Any]:
-        """The entries of adapter_config.json for one site: peft_type, r, lora_alpha, and what differs from PEFT's defaults.
+    def document(self, sites: Sequence[tuple[Site, Any]], default: Any) -> dict[str, Any]:
+        """The entries of adapter_config.json: peft_type, the method's own, and those that say how sites differ.
 
-        PEFT has r and lora_alpha per site; all else it has once, so take that from `default`, the adapter's own config.
+        `sites` come with their configs; `default` is the adapter's own. The engine adds names and target_modules.
         """
 
     def from_config(self, peft: Mapping[str, Any], site: Site | None = None) -> Config | None:
@@ -37,10 +41,10 @@ class PeftFormat(Protocol):
     def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
         """Suffix → shape of every tensor of one site."""
 
-    def to_tensors(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_tensors(self, site: Site, config: Any, params: Mapping[str, Tensor], default: Any) -> dict[str, Tensor]:
         """Suffix → tensor, from the method's own parameters."""
 
-    def from_tensors(self, site: Site, config: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_tensors(self, site: Site, config: Any, tensors: Mapping[str, Tensor], default: Any) -> dict[str, Tensor]:
         """The inverse of `to_tensors`."""
 
 
@@ -59,5 +63,9 @@ class Method:
     """The kinds of layer that it works on; None for all, those of other plugins included."""
     buffers: frozenset[str] = frozenset()
     """Which of the tensors that `adapter_init` returns are saved but not trained."""
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    """Tensor → its role, for `tg.scaled_param_groups`."""
+    additive: bool = False
+    """Whether a merge adds what does not depend on the weight: such adapters can be merged in any order."""
     peft: PeftFormat | None = None
     """None if PEFT has no such method: its adapters are then saved in the native form only."""

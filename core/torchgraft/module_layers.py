@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from math import prod
 
 from torch import Tensor, nn
 
@@ -52,14 +53,15 @@ def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tu
     kind, reason = kind_of(module, kinds)
     if fused and kind is not None:
         kind, reason = None, "belongs to a MultiheadAttention, which reads its weight and passes over its forward"
+    shape = kind.shape_of(module) if kind else tuple(weight.shape)
     new = [tensor for tensor in own.values() if _identity(tensor) not in counted]  # a tied weight counts where it comes first
     counted.update(map(_identity, new))
     return Layer(
         name=names[0],
         kind=kind.name if kind else None,
-        shape=tuple(weight.shape),
-        dtype=dtypes.name_of(weight.dtype),
-        params=sum(tensor.numel() for tensor in new),
+        shape=shape,
+        dtype=dtypes.name_of(kind.dtype_of(module) if kind else weight.dtype),
+        params=sum(prod(shape) if tensor is weight else tensor.numel() for tensor in new),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in new),
         groups=getattr(module, "groups", 1) if kind else 1,
         aliases=tuple(names[1:]),

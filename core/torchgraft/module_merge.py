@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from torchgraft import fingerprint
+from torchgraft.dequantized import Dequantized
 from torchgraft.errors import MergeError
 from torchgraft.exact import BITS, Undo, correct, digest, make_correction
-from torchgraft.graft import Part, SitePart, TrainedCopy, parts_of
+from torchgraft.fingerprint import frozen_fingerprint
+from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
 from torchgraft.module_layers import own_state
-from torchgraft.weights import merged_weight, nearly_unmerged, rounded
+from torchgraft.weights import merged_weight, nearly_unmerged, rounded, undo_tensors
 
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
@@ -24,6 +25,7 @@ def merge(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]]) -> No
         if part.undo is not None:
             raise MergeError(f"the adapter {adapter!r} is merged already ({name}); unmerge it first")
         _check_weights(name, module, tied)
+        _check_order(name, module, part)
     _all_or_nothing(parts, _merge_part, _restore)
 
 
@@ -73,6 +75,18 @@ def _check_weights(name: str, module: nn.Module, tied: Mapping[str, tuple[str, .
             raise MergeError(f"{name}: its weight was made in torch.inference_mode and cannot be written; load the model outside it")
 
 
+def _check_order(name: str, module: nn.Module, part: Part) -> None:
+    """A method that is not additive works on the weight beneath it, and the others must not move under it."""
+    parts = parts_of(module)
+    beneath = [other for other in parts[: parts.index(part)] if other.runs]
+    ordered = [other for other in (*beneath, part) if isinstance(other, SitePart) and not other.hooks.method.additive]
+    if beneath and ordered:
+        raise MergeError(
+            f"{name}: {ordered[0].method} depends on the weight beneath it, so adapters on this layer are merged in the order in which "
+            "they were attached: merge the earlier one first"
+        )
+
+
 def _merge_part(name: str, module: nn.Module, part: Part) -> None:
     if isinstance(part, SitePart):
         _merge_site(name, module, part)
@@ -81,18 +95,22 @@ def _merge_part(name: str, module: nn.Module, part: Part) -> None:
 
 
 def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    original, params = weight.detach(), part.tensors()
-    merged = merged_weight(part.hooks, name, part.site.kind, part.config, params, original)
-    nearly = nearly_unmerged(part.hooks, part.site.kind, part.config, params, merged)
+    kind, params, original = part.site.kind, part.tensors(), part.site.stored_weight()
+    merged = merged_weight(part.hooks, name, kind, part.config, params, original)
     undo = Undo(
-        corrections={"weight": make_correction(original, nearly)},
         snapshot=_snapshot(params),
         merged={"weight": digest(merged)},
         depth=_merges_on(module),
-        fingerprint=fingerprint.of_tensor(original),
+        fingerprint=frozen_fingerprint(part.site),
     )
-    _write({"weight": weight}, {"weight": merged})
+    if module.weight.is_floating_point():  # type: ignore[operator]
+        needed = undo_tensors(part.hooks, kind, part.config, params, original)
+        nearly = nearly_unmerged(part.hooks, kind, part.config, params | needed, merged)
+        undo = replace(undo, corrections={"weight": make_correction(original, nearly, needed)})
+        _write({"weight": module.weight}, {"weight": merged})  # type: ignore[dict-item]
+    else:  # codes have no room for the result: the layer is dense until it is unmerged
+        undo = replace(undo, form=form_of(module))
+        become(module, form_of(Dequantized(merged, module.bias)))  # type: ignore[arg-type]
     part.undo = undo
 
 
@@ -114,13 +132,18 @@ def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
 
 
 def _restore(name: str, module: nn.Module, part: Part) -> None:
-    assert part.undo is not None
-    if isinstance(part, SitePart):
+    undo = part.undo
+    assert undo is not None
+    if undo.form is not None:
+        become(module, undo.form)
+    elif isinstance(part, SitePart):
         weight: Tensor = module.weight  # type: ignore[assignment]
-        nearly = nearly_unmerged(part.hooks, part.site.kind, part.config, part.undo.snapshot, weight.detach())
-        _write({"weight": weight}, {"weight": correct(nearly, part.undo.corrections["weight"], name)})
+        correction = undo.corrections["weight"]
+        params = {**undo.snapshot, **correction.needed}
+        nearly = nearly_unmerged(part.hooks, part.site.kind, part.config, params, weight.detach())
+        _write({"weight": weight}, {"weight": correct(nearly, correction, name)})
     else:
-        _write(own_state(module), part.undo.originals)
+        _write(own_state(module), undo.originals)
     part.undo = None
 
 

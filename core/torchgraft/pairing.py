@@ -68,7 +68,7 @@ def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str
         layer = replace(layer, kind=kind)
     if layer.kind is None:
         return None, f"{name}: {layer.reason or 'is no layer that an adapter can be put on'}"
-    if layer.kind != kind:
+    if kind not in (layer.kind, registry().kind(layer.kind).stored_as):
         return None, f"{name}: the adapter was made for a {kind}, the base has a {layer.kind} there"
     return replace(layer, groups=entry.get("groups", 1)), ""
 

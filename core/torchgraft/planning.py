@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint, module_names
-from torchgraft.errors import AttachError, SelectionError, TorchgraftWarning
+from torchgraft.errors import AttachError, ConfigError, SelectionError, TorchgraftWarning
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.selection import name_matcher, near, select
@@ -91,6 +91,8 @@ def configure(
     method = hooks.method
     configs = dict.fromkeys((layer.name for layer in sites), config)
     for pattern, values in (overrides or {}).items():
+        if wide := sorted(config.adapter_wide.intersection(values)):
+            raise ConfigError(f"overrides: {', '.join(wide)}: {method.name} has it once for the whole adapter, not for {pattern!r}")
         for layer in select(sites, [pattern]).layers:
             configs[layer.name] = configs[layer.name].with_(method.name, values)
     advice: dict[str, list[str]] = defaultdict(list)
@@ -119,8 +121,17 @@ def site_params(layer: Layer, hooks: MethodHooks, config: Config) -> int:
 
 def site_of(layer: Layer, module: nn.Module | None = None, read: Callable[[], Any] | None = None) -> Site:
     assert layer.kind is not None, f"{layer.name} has no kind and cannot be a site"
+    kind = registry().kind(layer.kind)
     return Site(
-        layer.name, registry().kind(layer.kind), layer.shape, layer.dtype, layer.groups, getattr(module, "padding_idx", None), module, read
+        name=layer.name,
+        kind=kind,
+        shape=layer.shape,
+        dtype=layer.dtype,
+        groups=layer.groups,
+        padding_idx=getattr(module, "padding_idx", None),
+        quantization=kind.quantization(module) if module is not None else {},
+        module=module,
+        read=read,
     )
 
 

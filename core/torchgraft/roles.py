@@ -33,7 +33,7 @@ EMBEDDING_LEAVES = frozenset(
 )
 NORM = re.compile(r"(^|_)(norm|ln|layernorm|layer_norm|rmsnorm|layrnorm|batchnorm|bn)(\d*|_.*)$|LayerNorm|RMSNorm|BatchNorm", re.IGNORECASE)
 
-LINEAR_KINDS = frozenset({"Linear", "Conv1D"})
+LINEAR_KINDS = frozenset({"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"})
 CONV_KINDS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
 
 PATTERNS = ("@attention", "@mlp", "@linear", "@embedding", "@conv", "@head", "@all")

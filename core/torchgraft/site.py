@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torchgraft.errors import AttachError
 from torchgraft.kinds import Kind, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+class Beneath(Protocol):
+    """The active adapters between a layer and the adapter that looks at it."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The canonical weight with them in it."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of theirs."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,14 @@ class Site:
     """Of a grouped convolution."""
     padding_idx: int | None = None
     """Of an Embedding: the row that is not trained."""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """How the frozen weight is quantised; empty if it is not."""
     module: nn.Module | None = None
     read: Callable[[], Tensor] | None = None
+    beneath: Beneath | None = None
+    """The adapters that were attached to the layer before."""
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What `cached` keeps."""
 
     @property
     def out_features(self) -> int:
@@ -43,17 +59,60 @@ class Site:
         return self.kind.fan_in(self.shape)
 
     def weight(self) -> Tensor:
-        """The frozen weight in canonical form, (out_features, in_features), in float32 (float64 where it is stored so)."""
-        return to_canonical(self.kind, self.stored_weight())
+        """The frozen weight in canonical form, (out_features, in_features), in float32 (float64 where it is stored so).
+
+        With the adapters in it that were attached to the layer before and are active: it is what `base(x)` computes with.
+        """
+        weight = to_canonical(self.kind, self.stored_weight())
+        return weight if self.beneath is None else self.beneath.merged(weight)
+
+    def weight_tensors(self) -> list[Tensor]:
+        """The tensors that `weight` depends on, for `cached`."""
+        weight: Tensor = self._module.weight  # type: ignore[assignment]
+        return [weight, *(self.beneath.tensors() if self.beneath is not None else ())]
 
     def stored_weight(self) -> Tensor:
-        """The frozen weight as it is stored: in the layer's own shape and dtype."""
+        """The frozen weight as it is stored: in the layer's own shape and dtype. A quantised one is dequantised."""
         if self.module is not None:
-            weight: Tensor = self.module.weight.detach()  # type: ignore[operator]
-            return weight
+            return self.kind.weight_of(self.module)
         if self.read is None:
             raise AttachError(f"{self.name}: its weight is not at hand here")
         return self.read()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias, (out_features,), if it has one."""
+        return getattr(self._module, "bias", None)
+
+    def broadcast(self, vector: Tensor) -> Tensor:
+        """`vector` (out_features,) shaped so that it goes along with the layer's output."""
+        return self.kind.broadcast(vector)
+
+    def cached(self, key: str, inputs: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` gives, computed anew only after one of `inputs` was replaced or changed in place.
+
+        While one of them is trained it is computed anew each time: some optimizers write past torch's count of changes.
+        Without gradients, a change through `tensor.data` goes unseen.
+        """
+        import torch
+
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        if trained or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in inputs):
+            self.memo.pop(key, None)
+            return compute()
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in inputs]
+        kept = self.memo.get(key)
+        if kept is None or kept[1] != versions or any(old is not new for old, new in zip(kept[0], inputs, strict=True)):
+            kept = self.memo[key] = (list(inputs), versions, compute())
+        value: Tensor = kept[2]
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "memo": {}}
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """The layer's input with entries dropped, in training. Indices cannot be: an Embedding's are returned as they are."""
+        return self.kind.dropout(self._module, x, p)
 
     def project_in(self, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
         """A (r, in_features) applied to the layer's input `x`, in A's dtype: for a Linear, (…, in) → (…, r).

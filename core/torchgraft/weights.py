@@ -40,16 +40,27 @@ def rounded(name: str, trained: Tensor, original: Tensor) -> Tensor:
     return result
 
 
+@torch.no_grad()
+def undo_tensors(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> dict[str, Tensor]:
+    """What the method needs to unmerge, beside its params and the merged weight."""
+    weight = to_canonical(kind, stored)
+    return hooks.undo(config, widened(params, weight), weight)
+
+
 def nearly_unmerged(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], merged: Tensor) -> Tensor:
-    """What arithmetic makes of the original weight; `exact.correct` puts the rest right."""
+    """What arithmetic makes of the original weight; `exact.correct` puts the rest right. `params` include `undo_tensors`."""
     return _through(hooks.unmerge, kind, config, params, merged)
+
+
+def widened(params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """The adapter's tensors in the type and on the device of a canonical weight."""
+    return {name: tensor.detach().to(weight) if tensor.is_floating_point() else tensor for name, tensor in params.items()}
 
 
 @torch.no_grad()
 def _through(hook: Callable[..., Tensor], kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
     weight = to_canonical(kind, stored)
-    wide = {name: tensor.detach().to(weight) if tensor.is_floating_point() else tensor for name, tensor in params.items()}
-    return from_canonical(kind, hook(config, wide, weight), like=stored)
+    return from_canonical(kind, hook(config, widened(params, weight), weight), like=stored)
 
 
 def _culprit(params: Mapping[str, Tensor], stored: Tensor) -> str:

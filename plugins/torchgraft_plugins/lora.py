@@ -8,7 +8,7 @@ Training starts at the pretrained model, for B = 0. Instead of out·in numbers, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torchgraft as tg
 from torchgraft import hookimpl
@@ -25,6 +25,8 @@ def adapter_method() -> tg.Method:
         summary="adds a product of two thin matrices, s·B·A, to a frozen weight",
         reference="https://arxiv.org/abs/2106.09685",
         buffers=frozenset({"A0", "B0"}),
+        roles={"A": "A", "B": "B"},
+        additive=True,
         peft=tg.LowRankPeft(),
     )
 
@@ -59,3 +61,14 @@ def adapter_merge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight
 def adapter_unmerge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     a, b = tg.factors(params)
     return weight - config.scale * (b[rows] @ a)
+
+
+@hookimpl
+def adapter_param_groups(adapter: tg.Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    return tg.scaled_param_groups(adapter, lr, weight_decay)
+
+
+@hookimpl
+def adapter_to_lora(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    a, b = tg.factors(params)
+    return config.scale, {"A": a, "B": b}

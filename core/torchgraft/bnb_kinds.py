@@ -1,0 +1,119 @@
+"""The quantised linear layers of bitsandbytes as kinds, so that every method works on them.
+
+bitsandbytes takes seconds to import: it is imported when something is quantised, never to find out whether a layer is.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import abstractmethod
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+from torchgraft.kinds import Kind, Linear, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype, nn
+
+
+class Quantized(Linear):
+    """A linear layer of bitsandbytes. What a method sees is its weight dequantised, (out, in), in the type it computes in."""
+
+    quantized = True
+    stored_as = "Linear"
+
+    def module_class(self) -> type[nn.Module] | None:
+        library = sys.modules.get("bitsandbytes.nn")
+        return getattr(library, self.name, None)
+
+    def shape_of(self, module: nn.Module) -> Shape:
+        return (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+
+    def weight_of(self, module: nn.Module) -> Tensor:
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]
+        return weight if weight.is_floating_point() else self.dequantized(module)  # while merged, the layer is dense
+
+    @abstractmethod
+    def dequantized(self, module: nn.Module) -> Tensor:
+        """The weight that the layer computes with."""
+
+
+class Linear4bit(Quantized):
+    """bitsandbytes.nn.Linear4bit: NF4 or FP4 codes, two to a byte, with one scale for each block."""
+
+    name = "Linear4bit"
+
+    def unfit(self, module: nn.Module) -> str:
+        if getattr(module.weight, "quant_state", None) is None and getattr(module, "quant_state", None) is None:
+            return "is not quantized yet: bitsandbytes does that when the layer is moved to its device, with .to(…)"
+        return ""
+
+    def dtype_of(self, module: nn.Module) -> dtype:
+        state = _state(module)
+        found: dtype = getattr(state, "original_dtype", state.dtype)
+        return found
+
+    def dequantized(self, module: nn.Module) -> Tensor:
+        import torch
+        from bitsandbytes import functional as bnb
+
+        packed, state = module.weight.data, _state(module)
+        if getattr(state, "packing_format_for_cpu", False):
+            packed, state = _unpacked(packed, state)  # type: ignore[arg-type]
+        weight = bnb.dequantize_4bit(packed, state).reshape(state.shape)  # type: ignore[arg-type]
+        compute = module.compute_dtype or torch.float32  # none is chosen before the first forward
+        return weight.to(torch.promote_types(weight.dtype, compute))  # type: ignore[arg-type]
+
+    def quantization(self, module: nn.Module) -> dict[str, Any]:
+        state = _state(module)
+        nested = bool(getattr(state, "original_nested", state.nested))
+        return {"type": state.quant_type, "block_size": state.blocksize, "double": nested}
+
+
+class Linear8bitLt(Quantized):
+    """bitsandbytes.nn.Linear8bitLt: LLM.int8(), one scale for each row."""
+
+    name = "Linear8bitLt"
+
+    def unfit(self, module: nn.Module) -> str:
+        if module.state.has_fp16_weights:  # type: ignore[union-attr]
+            return "quantizes in each forward (has_fp16_weights=True) and would train its weight; make it with False"
+        if str(module.weight.dtype) != "torch.int8":
+            return "is not quantized yet: bitsandbytes does that when the layer is moved to its device, with .to(…)"
+        return ""
+
+    def dtype_of(self, module: nn.Module) -> dtype:
+        import torch
+
+        return torch.float16  # bitsandbytes quantises from float16, whatever the weight was
+
+    def dequantized(self, module: nn.Module) -> Tensor:
+        """code · scale / 127, in float32: float16 would round what the layer multiplies with."""
+        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
+        return module.weight.data.float() * (scales.float() / 127).unsqueeze(1)  # type: ignore[operator, union-attr]
+
+    def quantization(self, module: nn.Module) -> dict[str, Any]:
+        return {"type": "int8"}
+
+
+KINDS: tuple[Kind, ...] = (Linear4bit(), Linear8bitLt())
+
+
+def _state(module: nn.Module) -> Any:
+    """FSDP loses the one on the weight; the layer keeps another."""
+    return getattr(module.weight, "quant_state", None) or module.quant_state
+
+
+def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Codes and scales in the usual order, where bitsandbytes has repacked them for AVX512-BF16 in an eval forward.
+
+    Its own inverse quantises the scales anew, or leaves them transposed; only the codes are taken from it. The scales
+    were rounded to bfloat16 by the repacking: these are the ones that the layer now computes with.
+    """
+    from bitsandbytes import functional as bnb
+
+    plain = copy(state)
+    plain.original_nested = False
+    codes, plain = bnb._convert_weight_packed_for_cpu_inverse(packed, plain)
+    plain.absmax = state.absmax.t().reshape(-1).float()
+    return codes, plain

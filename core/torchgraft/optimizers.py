@@ -1,0 +1,44 @@
+"""Optimizers by name, for `adapter.optimizer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from torchgraft.errors import ConfigError
+from torchgraft.selection import near
+
+TORCH = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
+FAMILIES = {"adamw": "AdamW", "adam": "Adam", "lion": "Lion"}
+BITSANDBYTES = {
+    f"{'paged_' if paged else ''}{family}_{bits}bit": f"{'Paged' if paged else ''}{cls}{bits}bit"
+    for paged in (False, True)
+    for family, cls in FAMILIES.items()
+    for bits in (32, 8)
+}
+"""Our name → that in bitsandbytes.optim. The paged ones move moments to the host's memory when the GPU's is full."""
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, **options: Any) -> Optimizer:
+    """
+    Raises:
+        ConfigError: there is no such optimizer, or the parameters' device has no paging.
+    """
+    if name in TORCH:
+        plain: Optimizer = getattr(torch.optim, TORCH[name])(groups, lr=lr, **options)
+        return plain
+    if name not in BITSANDBYTES:
+        known = [*TORCH, *BITSANDBYTES]
+        raise ConfigError(f"there is no optimizer {name!r}{near(name, known)}; there are {', '.join(known)}")
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    if name.startswith("paged_") and devices - {"cuda", "xpu"}:
+        raise ConfigError(
+            f"{name} pages its moments between the GPU's memory and the host's, and these parameters are on {', '.join(sorted(devices))}, "
+            f"which has no paging; use {name.removeprefix('paged_')!r}"
+        )
+    import bitsandbytes
+
+    found: Optimizer = getattr(bitsandbytes.optim, BITSANDBYTES[name])(groups, lr=lr, **options)
+    return found

@@ -1,0 +1,158 @@
+"""Loading a transformers model with some of its layers in 4 bits, one tensor at a time.
+
+transformers builds the model, finds the tensors and their names, and ties what is tied; this module says which layers
+are quantised, and how. The weights in 16 bits are never in memory together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchgraft import fingerprint
+from torchgraft.checkpoint import locate
+from torchgraft.errors import AttachError, FileFormatError
+from torchgraft.planning import plan
+from torchgraft.quantizing import Quantization, blank_linear, set_weight
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+NAME = "torchgraft_4bit"
+"""Of our quantizer, in transformers' registry."""
+
+
+def load_quantized(
+    source: str | Path,
+    targets: str | Iterable[str] | None = None,
+    layers: str | int | Iterable[int] | None = None,
+    *,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    compute_dtype: str = "bfloat16",
+    model_class: Any = None,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """A transformers model whose layers in `targets` (default: @linear) are quantised while they are read.
+
+    `tg.apply(model, "qlora", targets)` then puts adapters on it; so does every other method.
+
+    Args:
+        source: a checkpoint directory or a hub id.
+        quant_type: "nf4" or "fp4".
+        double_quant: quantise the blocks' scales, too: 4.127 bits for each weight instead of 4.5.
+        block_size: weights that share a scale.
+        compute_dtype: what the weights are dequantised to in forward.
+        model_class: a class of transformers, AutoModelForSequenceClassification; by default the one that config.json names.
+        device: where the model goes.
+        options: for `from_pretrained`; `dtype` is that of the layers that are not quantised.
+
+    Raises:
+        FileFormatError: there is no such checkpoint, or it does not say what to build.
+        SelectionError: a pattern is malformed or matches nothing.
+        AttachError: a selected layer cannot be quantised.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise FileFormatError("tg.load_quantized builds the model with transformers; install torchgraft[hf]") from None
+    how = Quantization(quant_type, double_quant, block_size, compute_dtype)  # type: ignore[arg-type]
+    root = locate(source)
+    cls = model_class or _class_of(root)
+    _register()
+    config = _config(transformers.BitsAndBytesConfig, how, targets, layers)
+    model: PreTrainedModel = cls.from_pretrained(
+        str(root), quantization_config=config, device_map={"": device or "cpu"}, **{"dtype": "auto", **options}
+    )
+    quantized = [name for name, module in model.named_modules() if fingerprint.SOURCE in module.__dict__]
+    _present_as_bitsandbytes(model, how, quantized)
+    return model
+
+
+def _class_of(root: Path) -> Any:
+    import transformers
+
+    architectures = getattr(transformers.AutoConfig.from_pretrained(str(root)), "architectures", None) or ["AutoModel"]
+    cls = getattr(transformers, architectures[0], None)
+    if cls is None:
+        raise FileFormatError(f"{root}: config.json names {architectures[0]!r}, which transformers does not have; pass model_class=…")
+    return cls
+
+
+def _config(base: type[BitsAndBytesConfig], how: Quantization, targets: Any, layers: Any) -> Any:
+    config: Any = base(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=how.type,
+        bnb_4bit_use_double_quant=how.double,
+        bnb_4bit_compute_dtype=how.compute_dtype,
+    )
+    config.quant_method = NAME
+    config.torchgraft = (how, targets, layers)
+    return config
+
+
+def _register() -> None:
+    """Enter our quantizer into transformers' registry, once."""
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    if NAME in AUTO_QUANTIZER_MAPPING:
+        return
+
+    class Quantize(ConversionOps):
+        """One tensor of the checkpoint into its layer."""
+
+        def __init__(self, how: Quantization) -> None:
+            self.how = how
+
+        def convert(self, input_dict: dict[str, Any], *_: Any, model: Any = None, **__: Any) -> Any:
+            result = {}
+            for name, value in input_dict.items():
+                layer = model.get_submodule(name.rpartition(".")[0])
+                set_weight(layer, value[0] if isinstance(value, list) else value, self.how)
+                layer._is_hf_initialized = True
+                result[name] = layer.weight
+            return result
+
+    @register_quantizer(NAME)
+    class Quantizer(Bnb4BitHfQuantizer):
+        """transformers' own, but for which layers it takes and how it quantises them."""
+
+        quantization_config: Any
+
+        def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any = None, **_: Any) -> None:
+            how, targets, layers = self.quantization_config.torchgraft
+            for layer in plan(model, targets, layers).sites:
+                if layer.kind != "Linear":
+                    raise AttachError(f"{layer.name}: a {layer.kind} cannot be quantized, only a Linear; exclude it: '!{layer.name}'")
+                old: Any = model.get_submodule(layer.name)
+                new = blank_linear(old.in_features, old.out_features, old.bias is not None, how)
+                if new.bias is not None:
+                    new.bias = nn.Parameter(new.bias.to(old.bias.dtype), requires_grad=False)
+                model.set_submodule(layer.name, new)
+
+        def get_quantize_ops(self) -> Quantize:
+            return Quantize(self.quantization_config.torchgraft[0])
+
+
+def _present_as_bitsandbytes(model: PreTrainedModel, how: Quantization, quantized: list[str]) -> None:
+    """Leave the config that plain transformers would have, so that the model can be saved and loaded by it."""
+    import transformers
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    config = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type=how.type,
+        bnb_4bit_use_double_quant=how.double,
+        bnb_4bit_compute_dtype=how.compute_dtype,
+        llm_int8_skip_modules=sorted(set(linear) - set(quantized)),
+    )
+    model.config.quantization_config = config
+    model.hf_quantizer.quantization_config = config  # type: ignore[union-attr]

@@ -1,0 +1,84 @@
+"""Making 4-bit layers of bitsandbytes out of linear ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft import dtypes, fingerprint
+from torchgraft.errors import AttachError
+
+BITS_OF_SCALES = {True: 8 + 32 / 256, False: 32}
+"""Bits for each block's scale: with double quantisation 8, and a float32 for each 256 of them."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a weight is stored in 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
+
+    Each block of `block_size` entries, in row-major order, is divided by its largest magnitude and rounded to the 16
+    values of `type`; with `double` the blocks' scales are quantised in turn, to 8 bits.
+    """
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    double: bool = True
+    block_size: int = 64
+    compute_dtype: str = "bfloat16"
+    """What weights are dequantised to in forward."""
+
+    @property
+    def bits(self) -> float:
+        """For each weight: 4.127 with double quantisation and blocks of 64."""
+        return 4 + BITS_OF_SCALES[self.double] / self.block_size
+
+
+def quantized_linear(linear: nn.Module, how: Quantization, name: str = "") -> nn.Linear:
+    """A bitsandbytes.nn.Linear4bit with the quantised weight of `linear`, and its bias. `linear` stays as it is.
+
+    Args:
+        name: of the layer, for errors.
+
+    Raises:
+        AttachError: the weight has no values, or a type that cannot be quantised.
+    """
+    weight: Tensor = linear.weight.detach()  # type: ignore[operator]
+    if weight.is_meta:
+        raise AttachError(
+            f"{name}: its weight is on the meta device and has no values to quantize; use tg.load_quantized on the checkpoint"
+        )
+    if weight.dtype == torch.float64:
+        raise AttachError(f"{name}: bitsandbytes does not quantize float64; convert the model to float32 or bfloat16 first")
+    out_features, in_features = weight.shape
+    layer = blank_linear(in_features, out_features, linear.bias is not None, how)
+    set_weight(layer, weight, how)
+    layer.bias = linear.bias  # type: ignore[assignment]
+    return layer
+
+
+def blank_linear(in_features: int, out_features: int, bias: bool, how: Quantization) -> nn.Linear:
+    """A bitsandbytes.nn.Linear4bit on the meta device."""
+    from bitsandbytes import nn as bnb
+
+    with torch.device("meta"):
+        layer: Any = bnb.Linear4bit(  # type: ignore[attr-defined, no-untyped-call]
+            in_features, out_features, bias, dtypes.torch_dtype(how.compute_dtype), how.double, how.type
+        )
+    # In eval on such CPUs, bitsandbytes would repack the weight and round its scales for good. Eval does not edit weights.
+    layer.support_avx512bf16_for_cpu = False
+    layer.requires_grad_(False)
+    return cast(nn.Linear, layer)
+
+
+def set_weight(layer: Any, weight: Tensor, how: Quantization) -> None:
+    """Quantise `weight` into `layer`, where it lies."""
+    from bitsandbytes import nn as bnb
+
+    parameter: Any = bnb.Params4bit(  # type: ignore[attr-defined]
+        weight.contiguous(), requires_grad=False, blocksize=how.block_size, compress_statistics=how.double, quant_type=how.type
+    )
+    layer.weight = parameter.to(weight.device)
+    layer.quant_state = layer.weight.quant_state
+    layer.__dict__[fingerprint.SOURCE] = fingerprint.of_tensor(weight)

@@ -1,0 +1,82 @@
+"""Giving parameters other shapes while an optimizer holds them: its moments go along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchgraft.config import Config
+from torchgraft.errors import AttachError
+
+Carry = Callable[[Tensor, int], Tensor]
+"""(moment, power) → the moment of the resized parameter. power is 1 for means of gradients, 2 for means of their squares."""
+
+POWERS = {
+    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"), 2),
+}
+"""torch's names of what optimizers keep for each entry of a parameter."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """What one site becomes."""
+
+    tensors: Mapping[str, Tensor]
+    """All of the site's trained tensors whose shape or basis changes."""
+    config: Config
+    carry: Mapping[str, Carry] = field(default_factory=dict)
+    """For each of `tensors`, how its moments follow."""
+
+
+def check_resizable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """
+    Raises:
+        AttachError: the optimizer holds none of the parameters, or keeps something whose meaning is not known.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = list(parameters)
+    if not any(id(parameter) in held for parameter in trained):
+        raise AttachError("adapter.step(optimizer, …): this optimizer has none of the adapter's parameters; pass the one that trains it")
+    for parameter in trained:
+        for name, moment in _moments(optimizer, parameter).items():
+            _power(optimizer, name)
+            if moment.dtype == torch.uint8:
+                raise AttachError(
+                    f"{type(optimizer).__name__} keeps its moments in 8 bits, block by block, and they cannot follow a change of rank; "
+                    "use a 32-bit one, such as paged_adamw_32bit"
+                )
+
+
+@torch.no_grad()
+def resize_(parameter: nn.Parameter, value: Tensor, optimizer: Optimizer, carry: Carry) -> None:
+    """Give `parameter` the content `value`, of any shape. It stays the same object; its gradient is dropped."""
+    for name, moment in _moments(optimizer, parameter).items():
+        optimizer.state[parameter][name] = carry(moment, _power(optimizer, name)).to(moment.dtype).contiguous()
+    parameter.grad = None
+    # A graph that is still alive remembers the parameter's shape; only a change of dtype makes autograd forget it.
+    parameter.data = parameter.data.new_empty(0, dtype=torch.float64 if parameter.dtype != torch.float64 else torch.float32)
+    parameter.data = value.to(parameter.device, memory_format=torch.contiguous_format)
+
+
+def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """What the optimizer keeps for each entry of the parameter."""
+    kept: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    return {name: value for name, value in kept.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
+
+
+def _power(optimizer: Optimizer, name: str) -> int:
+    if name in POWERS:
+        return POWERS[name]
+    if name in ("state1", "state2"):  # bitsandbytes: the first is of squares in the optimizers that have no momentum
+        of_squares = name == "state2" or getattr(optimizer, "optimizer_name", "") in ("adagrad", "rmsprop")
+        return 2 if of_squares else 1
+    raise AttachError(
+        f"{type(optimizer).__name__} keeps {name!r} for each parameter, and how that follows a change of rank is not known; "
+        "use an Adam, SGD, RMSprop or Adagrad"
+    )

@@ -1,0 +1,90 @@
+"""AdaLoRA's allocator `energy`: ranks by the singular values of each layer's update B·A.
+
+r' = the least k with Σ_{i>k} σᵢ² / Σ σᵢ² ≤ ε        min_rank ≤ r' ≤ max_rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torchgraft as tg
+from torchgraft_plugins.adalora_moments import carry_rows, note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+VALIDATION = ("val_loss", "validation_loss", "eval_loss")
+"""Names under which `metrics` may have the validation loss."""
+
+
+def energy_step(adapter: tg.Adapter, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
+    seen = adapter.state.setdefault("seen", [])
+    seen += [float(metrics[name]) for name in VALIDATION if name in metrics]
+    if step % adapter.config.interval:
+        return
+    grow = _stalled(adapter.state, adapter.config.tolerance)
+    changes = {name: change for name, part in adapter.parts.items() if (change := (_grown if grow else _shrunk)(part, step))}
+    adapter.resize(changes, optimizer)
+    note(adapter, step, "grow" if grow else "shrink")
+
+
+def _stalled(state: dict[str, Any], tolerance: float) -> bool:
+    """Whether no validation loss seen since the last decision is better than the best before it."""
+    seen, best = state["seen"], state.get("best")
+    state["seen"] = []
+    if not seen:
+        return False
+    state["best"] = min(seen) if best is None else min(best, *seen)
+    return best is not None and min(seen) > best - tolerance * abs(best)
+
+
+def _shrunk(part: tg.SitePart, step: int) -> tg.Resize | None:
+    """The fewest directions whose loss of energy is at most ε; None if these are all."""
+    import torch
+
+    config, params = part.config, part.tensors()
+    a, b = params["A"].detach().float(), params["B"].detach().float()
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T)  # B·A = (Q_b·U)·Σ·(Vᵀ·Q_aᵀ)
+    energy = sigma.double().square()
+    kept = max(config.least, _fewest(energy, config.epsilon))
+    if kept >= config.r or energy.sum() == 0:
+        return None
+    # A keeps its size, B takes the singular values. With S and T, B' = B·S and A' = T·A, so that gradients follow as
+    # ∇B' = ∇B·Tᵀ and ∇A' = Sᵀ·∇A, and so do the moments that average them.
+    size = a.norm() / config.r**0.5
+    s = r_a.T @ vh[:kept].T / size
+    t = size * vh[:kept] @ torch.linalg.pinv(r_a).T
+    tensors = {"A": size * vh[:kept] @ q_a.T, "B": q_b @ u[:, :kept] * sigma[:kept] / size}
+    if part.site.padding_idx is not None:  # 0 but for rounding, and it must stay 0
+        tensors["A"][:, part.site.padding_idx] = 0
+    carry: dict[str, Callable[[Tensor, int], Tensor]] = {
+        "A": lambda moment, power: (s.T**power) @ moment.float(),
+        "B": lambda moment, power: moment.float() @ (t.T**power),
+    }
+    return tg.Resize({name: value.to(params[name].dtype) for name, value in tensors.items()}, config.at(kept), carry)
+
+
+def _fewest(energy: Tensor, epsilon: float) -> int:
+    """The least k with Σ_{i>k} σᵢ² ≤ ε·Σ σᵢ²; σ² descend."""
+    dropped = energy.flip(0).cumsum(0).flip(0)  # of all from i on
+    return int((dropped > epsilon * energy.sum()).sum())
+
+
+def _grown(part: tg.SitePart, step: int) -> tg.Resize | None:
+    """`growth` more directions, with B = 0."""
+    import torch
+
+    config, params = part.config, part.tensors()
+    more = min(config.growth, config.most - config.r)
+    if more <= 0:
+        return None
+    a, b = params["A"].detach(), params["B"].detach()
+    generator = torch.Generator().manual_seed(tg.seed_of(step, part.site.name))
+    fresh = tg.init_factors(part.site, config.at(config.r).with_("adalora", {"rank": more, "init": "kaiming"}), generator)["A"]
+    tensors = {"A": torch.cat([a, fresh.to(a)]), "B": torch.cat([b, b.new_zeros(len(b), more)], dim=1)}
+    rows = [*range(config.r), *[-1] * more]
+    return tg.Resize(tensors, config.at(config.r + more), carry_rows(rows))

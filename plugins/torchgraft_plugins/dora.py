@@ -1,0 +1,148 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): the weight as magnitude and direction; LoRA turns the direction.
+
+    W' = m · (W₀ + s·B·A) / ‖W₀ + s·B·A‖        m (out,), one magnitude and one norm for each output row
+
+m starts at ‖W₀‖, so that training starts at the pretrained model. As in the paper's §4.3 the norm gets no gradient.
+Neither B·A nor W' is ever built in forward: with V = W₀ + s·B·A and g = m / ‖V‖,
+
+    h = W₀·x + (g - 1)·W₀·x + g·s·B·A·x
+    ‖V‖² = ‖W₀‖² + 2s·⟨W₀·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩        row by row
+
+With dropout, all of the change sees the dropped input, as in the authors' code: h = W₀·x + (W' - W₀)·drop(x). A row of W₀
+that is all zero has no direction; g is 1 there until V has one, so that B can train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torchgraft as tg
+from torchgraft import hookimpl
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+
+class DoraPeft(tg.LowRankPeft):
+    """PEFT's LORA type with use_dora: a further tensor lora_magnitude_vector, (out,), or (1, out, 1…) for a convolution."""
+
+    def document(self, sites: Sequence[tuple[tg.Site, tg.LowRankConfig]], default: tg.LowRankConfig) -> dict[str, Any]:
+        return {**super().document(sites, default), "use_dora": True}
+
+    def from_config(self, peft: Mapping[str, Any], site: tg.Site | None = None) -> tg.LowRankConfig | None:
+        if not peft.get("use_dora"):
+            return None
+        return super().from_config({**peft, "use_dora": False}, site)
+
+    def shapes(self, site: tg.Site, config: tg.LowRankConfig) -> dict[str, tuple[int, ...]]:
+        kernel = len(site.shape) - 2
+        magnitude = (1, site.out_features, *(1,) * kernel) if kernel else (site.out_features,)
+        return {**super().shapes(site, config), "lora_magnitude_vector": magnitude}
+
+    def to_tensors(
+        self, site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], default: tg.LowRankConfig
+    ) -> dict[str, Tensor]:
+        magnitude = params["m"].reshape(self.shapes(site, config)["lora_magnitude_vector"])
+        return {**super().to_tensors(site, config, params, default), "lora_magnitude_vector": magnitude}
+
+    def from_tensors(
+        self, site: tg.Site, config: tg.LowRankConfig, tensors: Mapping[str, Tensor], default: tg.LowRankConfig
+    ) -> dict[str, Tensor]:
+        return {**super().from_tensors(site, config, tensors, default), "m": tensors["lora_magnitude_vector"].reshape(-1)}
+
+
+@hookimpl
+def adapter_method() -> tg.Method:
+    return tg.Method(
+        name="dora",
+        config=tg.LowRankConfig,
+        summary="trains magnitude and direction of each weight row apart, the direction by LoRA",
+        reference="https://arxiv.org/abs/2402.09353",
+        buffers=frozenset({"A0", "B0"}),
+        roles={"A": "A", "B": "B", "m": "magnitude"},
+        peft=DoraPeft(),
+    )
+
+
+@hookimpl
+def adapter_shapes(site: tg.Site, config: tg.LowRankConfig) -> dict[str, tuple[int, ...]]:
+    return {**tg.factor_shapes(site, config), "m": (site.out_features,)}
+
+
+@hookimpl
+def adapter_init(site: tg.Site, config: tg.LowRankConfig, generator: Generator) -> dict[str, Tensor]:
+    """m stays in float32 (float64) whatever the config's dtype: rounded, the start would not be the pretrained model."""
+    factors = tg.init_factors(site, config, generator)
+    return {**factors, "m": _squared_norm(site.weight()).sqrt().to(factors["A"].device)}
+
+
+@hookimpl
+def adapter_forward(
+    site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
+) -> Tensor:
+    a, b = tg.factors(params)
+    g = site.broadcast(_gain(site, config, params))
+    h = base(x)
+    dropped = site.dropout(x, config.dropout)
+    plain = h if dropped is x else base(dropped)
+    if site.bias is not None:
+        plain = plain - site.broadcast(site.bias)
+    left = config.dropout if dropped is x else 0.0  # of an Embedding, what is looked up in A is dropped
+    update = site.project_out(site.project_in(dropped, a, left), b)
+    return h + ((g - 1) * plain + g * config.scale * update).to(h.dtype)
+
+
+@hookimpl
+def adapter_merge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+    v = _direction(config, params, weight, rows)
+    return _ratio(params["m"][rows], v.norm(dim=1))[:, None] * v
+
+
+@hookimpl
+def adapter_undo(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """‖V‖: it was divided by, and W' does not tell it."""
+    return {"norm": _direction(config, params, weight, slice(None)).norm(dim=1)}
+
+
+@hookimpl
+def adapter_unmerge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+    g = _ratio(params["m"][rows], params["norm"][rows])
+    a, b = tg.factors(params)
+    return weight / g.where(g != 0, 1)[:, None] - config.scale * (b[rows] @ a)
+
+
+@hookimpl
+def adapter_param_groups(adapter: tg.Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    return tg.scaled_param_groups(adapter, lr, weight_decay)
+
+
+def _direction(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+    """V = W₀ + s·B·A, of the rows `rows`."""
+    a, b = tg.factors(params)
+    return weight + config.scale * (b[rows] @ a)
+
+
+def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
+    """g = m / ‖V‖ (out,), with a gradient for m alone."""
+    tensors = [*params.values(), *site.weight_tensors()]
+    return _ratio(params["m"], site.cached("norm", tensors, lambda: _norm(site, config, params)))
+
+
+def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
+    """‖W₀ + s·B·A‖ by row, without building B·A."""
+    a, b = (factor.detach() for factor in tg.factors(params))
+    s, w = config.scale, site.weight()
+    a, b = a.to(w.dtype), b.to(w.dtype)
+    frozen = site.cached("squared norm", site.weight_tensors(), lambda: _squared_norm(w))
+    return (frozen + 2 * s * ((w @ a.T) * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
+
+
+def _squared_norm(weight: Tensor) -> Tensor:
+    return weight.square().sum(1)
+
+
+def _ratio(m: Tensor, norm: Tensor) -> Tensor:
+    """m / norm; 1 where the norm is 0."""
+    zero = norm == 0
+    return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)

@@ -1,0 +1,76 @@
+"""QLoRA (Dettmers et al. 2023, arXiv 2305.14314): LoRA on a frozen weight in 4 bits.
+
+    h = dequant(W₄)·x + s·B·A·x
+
+W₄ has 4 bits for each weight, NF4 or FP4, and one scale for each block; with double quantisation the scales have 8 bits:
+4.127 bits in all. It is dequantised to `compute_dtype` for each product; A and B stay in 16 or 32 bits (`dtype`).
+
+The selected linear layers are quantised in place, and stay so after `detach`: what they were is no longer there. To
+load a large model without ever having it whole in 16 bits, use `tg.load_quantized`; layers that are 4-bit or 8-bit
+already are left as they are. All but the quantising is LoRA's, and the other methods work on 4-bit layers, too.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+import torchgraft as tg
+from torchgraft import hookimpl
+from torchgraft_plugins.lora import (
+    adapter_forward,
+    adapter_init,
+    adapter_merge,
+    adapter_param_groups,
+    adapter_shapes,
+    adapter_to_lora,
+    adapter_unmerge,
+)
+
+__all__ = [
+    "adapter_forward",
+    "adapter_init",
+    "adapter_merge",
+    "adapter_param_groups",
+    "adapter_shapes",
+    "adapter_to_lora",
+    "adapter_unmerge",
+]
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class QloraConfig(tg.LowRankConfig):
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="the 16 values of a weight: quantiles of a normal, or floats of 4 bits")
+    double_quant: bool = Field(True, description="quantise the blocks' scales to 8 bits, too")
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share a scale")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="what weights are dequantised to in forward")
+
+    @property
+    def quantization(self) -> tg.Quantization:
+        return tg.Quantization(self.quant_type, self.double_quant, self.block_size, self.compute_dtype)
+
+
+@hookimpl
+def adapter_method() -> tg.Method:
+    return tg.Method(
+        name="qlora",
+        config=QloraConfig,
+        summary="LoRA on a frozen weight that is stored in 4 bits",
+        reference="https://arxiv.org/abs/2305.14314",
+        kinds=frozenset({"Linear", "Linear4bit", "Linear8bitLt"}),
+        buffers=frozenset({"A0", "B0"}),
+        roles={"A": "A", "B": "B"},
+        additive=True,
+        peft=tg.LowRankPeft(claims=False),
+    )
+
+
+@hookimpl
+def adapter_prepare(site: tg.Site, config: QloraConfig) -> nn.Module | None:
+    if site.kind.quantized or site.module is None:
+        return None
+    return tg.quantized_linear(site.module, config.quantization, site.name)
