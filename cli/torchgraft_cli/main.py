@@ -16,7 +16,7 @@ import click
 import torchgraft
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
 
-COMMANDS = ("inspect", "plugins", "apply", "check", "merge", "unmerge")
+COMMANDS = ("inspect", "plugins", "apply", "check", "merge", "unmerge", "export")
 
 
 class LazyGroup(click.Group):

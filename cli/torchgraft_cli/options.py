@@ -70,6 +70,8 @@ class Chosen:
     hooks: MethodHooks
     config: Config
     configs: dict[str, Config]
+    settings: dict[str, Any]
+    """The options of the method as they were given."""
 
 
 def choose(
@@ -93,14 +95,15 @@ def choose(
 
     shortcuts = [f"{key}={value}" for key, value in (("rank", rank), ("alpha", alpha)) if value is not None]
     method = registry().method(plugin)
-    config = parse_config(plugin, method.config, parse_settings([*settings, *shortcuts]))
+    given = parse_settings([*settings, *shortcuts])
+    config = parse_config(plugin, method.config, given)
     checkpoint = open_checkpoint(source)
     chosen = plan(checkpoint, targets or None, layers, also_train=also_train, kinds=parse_kinds(kinds), allow_unmatched=allow_unmatched)
     hooks = registry().hooks(plugin)
     own: dict[str, dict[str, Any]] = {}
     for pattern, setting in overrides:
         own.setdefault(pattern, {}).update(parse_settings([setting]))
-    return Chosen(checkpoint, chosen, hooks, config, configure(chosen.sites, hooks, config, own))
+    return Chosen(checkpoint, chosen, hooks, config, configure(chosen.sites, hooks, config, own), given)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:

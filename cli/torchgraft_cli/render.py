@@ -17,6 +17,8 @@ from torchgraft_cli.tree import Row
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torchgraft.memory import Memory
+
 PIPE_WIDTH = 160
 
 
@@ -73,6 +75,18 @@ def _cells(row: Row, total_params: int, with_trained: bool) -> list[Text]:
         texts += [f"{row.trained:,}", percent(row.trained, row.params)] if row.trained else ["", ""]
     style = "" if layer and layer.kind else "dim"
     return [label, *(Text(text, style=style) for text in texts)]
+
+
+def memory_table(memory: Mapping[str, Memory], chosen: str) -> Table:
+    """A row for each method, the chosen one in bold."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("method", "trained", "weights", "adapter", "gradients", "optimizer", "total"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for name, of in memory.items():
+        sizes = (of.weights, of.adapter, of.gradients, of.optimizer, of.total)
+        style = "bold" if name == chosen else ""
+        table.add_row(name, f"{of.trainable:,}", *map(size, sizes), style=style)
+    return table
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Table:

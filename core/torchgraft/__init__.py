@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TorchgraftError as TorchgraftError,
         TorchgraftWarning as TorchgraftWarning,
     )
+    from torchgraft.exporting import ExportReport as ExportReport, export_adapter as export_adapter
     from torchgraft.graft import SitePart as SitePart
     from torchgraft.hookspecs import hookimpl as hookimpl
     from torchgraft.kinds import Kind as Kind
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from torchgraft.manager import Registry as Registry, registry as registry
     from torchgraft.method import Method as Method, PeftFormat as PeftFormat
     from torchgraft.planning import Plan as Plan, plan as plan
+    from torchgraft.quantization import Quantization as Quantization
     from torchgraft.quantized_loading import load_quantized as load_quantized
-    from torchgraft.quantizing import Quantization as Quantization, quantized_linear as quantized_linear
+    from torchgraft.quantizing import quantized_linear as quantized_linear
     from torchgraft.resizing import Resize as Resize
     from torchgraft.site import Site as Site
 
@@ -56,6 +58,7 @@ _HOMES = {
     "errors": (
         "AttachError ConfigError FileFormatError MergeError PairingError PluginError SelectionError TorchgraftError TorchgraftWarning"
     ),
+    "exporting": "ExportReport export_adapter",
     "graft": "SitePart",
     "hookspecs": "hookimpl",
     "kinds": "Kind",
@@ -63,8 +66,9 @@ _HOMES = {
     "method": "Method PeftFormat",
     "planning": "Plan plan",
     "manager": "Registry registry",
+    "quantization": "Quantization",
     "quantized_loading": "load_quantized",
-    "quantizing": "Quantization quantized_linear",
+    "quantizing": "quantized_linear",
     "resizing": "Resize",
     "site": "Site",
 }

@@ -48,8 +48,8 @@ class Contents:
     """The names under which those modules were asked for."""
     also_saved: dict[str, Mapping[str, Tensor]]
     """Further modules that PEFT looks for, since their names end like one of those; as they are in the base."""
-    modules: list[str]
-    """The names of all modules of the base."""
+    modules: list[str] | None
+    """The names of all modules of the base, if they are known."""
     base: str | None
     """The base's name or path, as the user gave it."""
     state: Mapping[str, Any] = field(default_factory=dict)
@@ -79,38 +79,42 @@ def also_saved(also_train: Sequence[str], modules: Sequence[str]) -> list[str]:
     return [name for name in peft_names.saved_modules(also_train, modules) if name not in also_train]
 
 
-def write(contents: Contents, directory: Path) -> None:
+def write(contents: Contents, directory: Path, *, native: bool = True) -> None:
     """Write the tensors, PEFT's config if PEFT knows the method, and last the record that names the tensors' hash.
+
+    Args:
+        native: whether the record and the method's state are written; without them it is an adapter as PEFT writes it.
 
     Raises:
         FileFormatError: the directory cannot be written.
     """
-    from safetensors.torch import save as serialize
-
     peft = contents.method.peft is not None
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _named_tensors(contents).items()}
+    data = _serialized(_named_tensors(contents))
     config = _peft_config(contents) if peft else {}
-    data = serialize(tensors, metadata={"format": "pt"})
-    state = {key: value.detach().cpu().contiguous() for key, value in contents.state.items() if hasattr(value, "detach")}
-    state_data = serialize(state, metadata={"format": "pt"}) if state else b""
+    state = {key: value for key, value in contents.state.items() if hasattr(value, "detach")} if native else {}
     file, stale = (PEFT_TENSORS, [NATIVE_TENSORS]) if peft else (NATIVE_TENSORS, [PEFT_TENSORS, PEFT_CONFIG])
-    stale += [] if state else [STATE_TENSORS]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        replace_file(directory / file, data)
-        if config:
-            replace_file(directory / PEFT_CONFIG, json_bytes(config))
-        if state:
-            replace_file(directory / STATE_TENSORS, state_data)
-        for name in stale:  # of another method's adapter that was here before
-            (directory / name).unlink(missing_ok=True)
+    files = {file: data, STATE_TENSORS: _serialized(state) if state else b"", PEFT_CONFIG: json_bytes(config) if config else b""}
+    if native:
         record = _record(contents, file, data) | ({"peft_config": meaning(config)} if config else {})
         if contents.state:
             values = {key: value for key, value in contents.state.items() if key not in state}
-            record["state"] = {"values": values, "sha256": hashlib.sha256(state_data).hexdigest() if state else ""}
-        replace_file(directory / NATIVE, json_bytes(record))
+            record["state"] = {"values": values, "sha256": hashlib.sha256(files[STATE_TENSORS]).hexdigest() if state else ""}
+        files[NATIVE] = json_bytes(record)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in (*stale, *(name for name, content in files.items() if not content)):  # of an adapter that was here before
+            (directory / name).unlink(missing_ok=True)
+        for name, content in files.items():
+            if content:
+                replace_file(directory / name, content)
     except OSError as error:
         raise FileFormatError(f"{directory}: cannot be written: {error.strerror}") from error
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save as serialize
+
+    return serialize({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, metadata={"format": "pt"})
 
 
 def _named_tensors(contents: Contents) -> dict[str, Tensor]:
@@ -128,12 +132,12 @@ def _peft_config(contents: Contents) -> dict[str, Any]:
     peft = contents.method.peft
     assert peft is not None
     names = [saved.site.name for saved in contents.sites]
-    free = [module for module in contents.modules if not peft_names.in_saved_module({"modules_to_save": contents.also_train}, module)]
+    free = [module for module in contents.modules or () if not peft_names.in_saved_module({"modules_to_save": contents.also_train}, module)]
     return {
         "base_model_name_or_path": contents.base,
         "task_type": None,
         "inference_mode": True,
-        "target_modules": peft_names.targets(names, free),
+        "target_modules": peft_names.targets(names, free) if contents.modules is not None else sorted(names),
         "modules_to_save": sorted(contents.also_train) or None,
         **peft.document([(saved.site, saved.config) for saved in contents.sites], contents.config),
     }

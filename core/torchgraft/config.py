@@ -35,6 +35,10 @@ class Config(BaseModel):
         """
         return ""
 
+    def weight_bits(self) -> float | None:
+        """Bits in which the method keeps each frozen weight of its sites; None if as it finds them. For estimates of memory."""
+        return None
+
     def with_(self, method: str, values: Mapping[str, Any]) -> Self:
         """A checked copy in which `values` replace this config's own."""
         return parse_config(method, type(self), {**self.model_dump(), **values})

@@ -17,7 +17,8 @@ from torchgraft import fingerprint
 from torchgraft.checkpoint import locate
 from torchgraft.errors import AttachError, FileFormatError
 from torchgraft.planning import plan
-from torchgraft.quantizing import Quantization, blank_linear, set_weight
+from torchgraft.quantization import Quantization
+from torchgraft.quantizing import blank_linear, set_weight
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

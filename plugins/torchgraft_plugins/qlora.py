@@ -49,6 +49,9 @@ class QloraConfig(tg.LowRankConfig):
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share a scale")
     compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="what weights are dequantised to in forward")
 
+    def weight_bits(self) -> float:
+        return self.quantization.bits
+
     @property
     def quantization(self) -> tg.Quantization:
         return tg.Quantization(self.quant_type, self.double_quant, self.block_size, self.compute_dtype)

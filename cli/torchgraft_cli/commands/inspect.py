@@ -22,6 +22,8 @@ from torchgraft_cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from torchgraft.memory import Memory
+
 
 @click.command(short_help="Show what is in a model, and what an adapter would cost.")
 @click.argument("source")
@@ -33,16 +35,17 @@ def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, *
     """Show the layers of SOURCE: a checkpoint directory, a .safetensors file or a hub id.
 
     With --target or --plugin it also shows which layers are selected, how many numbers the method would train there,
-    and what share of the dense weights that is. No model is built and nothing is loaded.
+    what share of the dense weights that is, and what memory training would take. No model is built and nothing is loaded.
     """
     from torchgraft.planning import plan
 
     if plugin or any(value for key, value in selection.items() if key != "kinds"):
         chosen = choose(source, plugin or DEFAULT_PLUGIN, **selection)
         if as_json:
-            echo_json(selection_document(chosen))
+            echo_json({**selection_document(chosen), "memory": {name: memory_document(of) for name, of in _memory(chosen).items()}})
         else:
             show_selection(chosen, depth)
+            show_memory(chosen)
         return
     found = plan(source, "@all", kinds=parse_kinds(selection["kinds"]), allow_unmatched=True)
     if as_json:
@@ -54,6 +57,26 @@ def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, *
     out = console()
     out.print(model_table(rows(found.layers, {}, depth), found.total_params, out))
     out.print(f"\n{len(found.layers)} modules, {found.total_params:,} parameters, {size(sum(layer.bytes for layer in found.layers))}")
+
+
+def show_memory(chosen: Chosen) -> None:
+    """What training takes with each method on the same layers."""
+    from torchgraft_cli.render import console, memory_table
+
+    out = console()
+    out.print("\nmemory that training takes (Adam; activations come on top):")
+    out.print(memory_table(_memory(chosen), chosen.hooks.method.name))
+
+
+def memory_document(memory: Memory) -> dict[str, int]:
+    """The JSON of an estimate, in bytes."""
+    return {key: getattr(memory, key) for key in ("trainable", "weights", "adapter", "gradients", "optimizer", "total")}
+
+
+def _memory(chosen: Chosen) -> dict[str, Memory]:
+    from torchgraft.memory import full_memory, memory_of_methods
+
+    return {"full": full_memory(chosen.plan), **memory_of_methods(chosen.plan, chosen.hooks, chosen.configs, chosen.settings)}
 
 
 def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = True, out: Console | None = None) -> None:

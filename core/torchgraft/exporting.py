@@ -1,0 +1,188 @@
+"""Writing an adapter for tools that know PEFT's formats alone: as it is, or as the plain LoRA that is the same function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchgraft import peft_names
+from torchgraft.adapter_files import AdapterFiles, read_adapter
+from torchgraft.adapter_load import read_tensors, site_tensors
+from torchgraft.adapter_save import Contents, SavedSite, write
+from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
+from torchgraft.checkpoint import Checkpoint, open_checkpoint
+from torchgraft.checkpoint_layers import module_names
+from torchgraft.config import LowRankConfig
+from torchgraft.errors import ConfigError, FileFormatError, MergeError
+from torchgraft.layers import Layer, is_inside
+from torchgraft.lowrank import LowRankPeft
+from torchgraft.manager import MethodHooks, registry
+from torchgraft.method import Method
+from torchgraft.output import new_directory, refuse_existing
+from torchgraft.pairing import pair
+from torchgraft.site import Site, to_canonical
+from torchgraft.weights import widened
+
+PLAIN = Method("lora", LowRankConfig, "", "", peft=LowRankPeft())
+"""PEFT's LORA type, whatever method the adapter has here."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    output: Path
+    sites: int
+    left_out: tuple[str, ...] = ()
+    """Sites of rank 0: they change nothing, and a LoRA has no rank 0."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Site → ‖Δ - s·B·A‖ / ‖Δ‖, where the change Δ of the weight was approximated; empty if the export is the same function."""
+
+
+def export_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    to: Literal["lora", "peft"],
+    *,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> ExportReport:
+    """Write the adapter in PEFT's format, without our own record, to the new directory `output`.
+
+    Args:
+        to: "peft", the type that PEFT has for the method; "lora", its plain LoRA.
+        base: the checkpoint; needed if PEFT wrote the adapter, and for `rank`.
+        rank: for a method that is no LoRA: take the nearest one of this rank, by the SVD of merged - base.
+
+    Raises:
+        MergeError: the method cannot be written so; the message says what can be done.
+        FileFormatError, PairingError: a file is broken, or the adapter does not fit its base.
+    """
+    target = Path(output)
+    refuse_existing(target)
+    files = read_adapter(adapter)
+    checkpoint = open_checkpoint(base) if base is not None else None
+    known = base_of_checkpoint(checkpoint, kinds) if checkpoint is not None else _recorded_base(files)
+    pairing = pair(files, known).demand(known)
+    tensors = read_tensors(pairing)
+    hooks = registry().hooks(pairing.method.name)
+    errors: dict[str, float] = {}
+    if to == "peft":
+        method, config = pairing.method, pairing.config
+        if method.peft is None:
+            raise MergeError(f"{files.directory}: PEFT has no {method.name}; 'adapt merge' makes a model that every tool can load")
+        sites = [SavedSite(paired.site, paired.config, site_tensors(pairing, paired, tensors), "") for paired in pairing.sites]
+    else:
+        nearest = Nearest(checkpoint, rank) if checkpoint is not None and rank is not None else None
+        folded = [_folded(hooks, paired, site_tensors(pairing, paired, tensors), nearest) for paired in pairing.sites]
+        errors = {fold.site.name: fold.error for fold in folded if fold.error is not None}
+        method, (config, sites) = PLAIN, _with_one_alpha([fold for fold in folded if len(fold.factors["A"])])
+    if not sites:
+        raise MergeError(f"{files.directory}: every layer has rank 0, so there is nothing to write")
+    contents = Contents(
+        method=method,
+        config=config,
+        sites=sites,
+        trained=_whole(pairing, tensors),
+        also_train=pairing.also_train,
+        also_saved={},
+        modules=None if checkpoint is None else module_names(checkpoint),
+        base=files.native.get("base") or files.peft.get("base_model_name_or_path"),
+    )
+    with new_directory(target) as directory:
+        write(contents, directory, native=False)
+    written = {saved.site.name for saved in sites}
+    return ExportReport(target, len(sites), tuple(p.site.name for p in pairing.sites if p.site.name not in written), errors)
+
+
+def _recorded_base(files: AdapterFiles) -> Base:
+    """The base as far as our record describes it."""
+    if not files.native:
+        raise FileFormatError(
+            f"{files.directory}: PEFT wrote it, and it does not tell the layers' kinds and shapes; give its base model, --base"
+        )
+    sites = files.native["sites"]
+    layers = {
+        site["name"]: Layer(site["name"], site["kind"], tuple(site["shape"]), site["dtype"], 0, 0, groups=site.get("groups", 1))
+        for site in sites
+    }
+    prefix = peft_names.PREFIX if files.peft else ""
+    also_train = files.native["also_train"]
+    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in files.shapes.items()}
+    return Base(
+        str(files.directory),
+        layers,
+        {name: shape for name, shape in shapes.items() if is_inside(name, also_train)},
+        lambda _: "",
+        is_module=False,
+    )
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Where the weights are, and of what rank an approximation is wanted."""
+
+    checkpoint: Checkpoint
+    rank: int
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One site as a plain LoRA: ΔW = scale·B·A, but for `error`."""
+
+    site: Site
+    scale: float
+    factors: dict[str, Tensor]
+    error: float | None = None
+
+
+def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], nearest: Nearest | None) -> Folded:
+    """Exact if the method has it so, else the nearest."""
+    site = paired.site
+    if hooks.has("adapter_to_lora"):
+        if nearest is not None:
+            raise ConfigError(f"{hooks.method.name} is the same function as a LoRA of its own rank; leave out the rank")
+        return Folded(site, *hooks.to_lora(site, paired.config, params))
+    if nearest is None:
+        raise MergeError(
+            f"{site.name}: the change that {hooks.method.name} makes depends on the weight, so no LoRA is the same. Merge it "
+            "('adapt merge'), or take the nearest LoRA of a rank that you choose: --rank R --base MODEL"
+        )
+    weight = to_canonical(site.kind, nearest.checkpoint.read(f"{site.name}.weight"))
+    change = hooks.merge(paired.config, widened(params, weight), weight) - weight
+    return Folded(site, 1.0, *nearest_lora(change, nearest.rank))
+
+
+def nearest_lora(change: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:
+    """A (r, k) and B (d, r) with the least ‖change - B·A‖, and that over ‖change‖, in the Frobenius norm (Eckart and Young 1936)."""
+    u, sigma, vh = torch.linalg.svd(change, full_matrices=False)
+    root = sigma[:rank].sqrt()
+    whole = float(sigma.double().square().sum().sqrt())
+    dropped = float(sigma[rank:].double().square().sum().sqrt())
+    return {"A": (root[:, None] * vh[:rank]).contiguous(), "B": (u[:, :rank] * root).contiguous()}, dropped / whole if whole else 0.0
+
+
+def _with_one_alpha(folded: Sequence[Folded]) -> tuple[LowRankConfig, list[SavedSite]]:
+    """One lora_alpha for all sites, for some tools read no other: where s·r differs, B takes the ratio."""
+    strengths = Counter(fold.scale * len(fold.factors["A"]) for fold in folded)
+    alpha = strengths.most_common(1)[0][0] if strengths else 1.0
+    sites = []
+    for fold in folded:
+        a, b = fold.factors["A"], fold.factors["B"]
+        if (ratio := fold.scale * len(a) / alpha) != 1:
+            b = b.float() * ratio
+        sites.append(SavedSite(fold.site, LowRankConfig(rank=len(a), alpha=alpha), {"A": a, "B": b}, ""))
+    return LowRankConfig(alpha=alpha), sites
+
+
+def _whole(pairing: Pairing, tensors: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+    """Module that is trained whole → its state."""
+    return {
+        module: {own.removeprefix(f"{module}."): tensors[name] for own, name in pairing.trained.items() if is_inside(own, [module])}
+        for module in pairing.also_train
+    }

@@ -1,0 +1,86 @@
+"""What training takes in memory, from shapes alone: weights, gradients and the optimizer's state, without activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from torchgraft.config import Config
+from torchgraft.dtypes import SIZES
+from torchgraft.errors import ConfigError
+from torchgraft.layers import Layer, is_inside
+from torchgraft.manager import MethodHooks, registry
+from torchgraft.planning import Plan, site_of
+
+MOMENTS = 2
+"""What Adam keeps for each trained number, in its own type."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes."""
+
+    trainable: int
+    """Numbers that are trained, not bytes."""
+    weights: int
+    """Of the model, as the method keeps them."""
+    adapter: int
+    gradients: int
+    optimizer: int
+    """Two moments for each trained number, as Adam has them."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.optimizer
+
+
+def full_memory(plan: Plan) -> Memory:
+    """Of training every weight of the model, in the type that it is stored in."""
+    weights = sum(layer.bytes for layer in plan.layers)
+    return Memory(plan.total_params, weights, 0, weights, MOMENTS * weights)
+
+
+def adapter_memory(plan: Plan, hooks: MethodHooks, configs: Mapping[str, Config]) -> Memory:
+    """Of training an adapter; modules that are trained whole are copied, and trained beside it."""
+    whole = [layer for layer in plan.layers if is_inside(layer.name, plan.trained)]
+    copied = sum(layer.bytes for layer in whole)
+    weights = sum(_frozen_bytes(layer, configs.get(layer.name)) for layer in plan.layers)
+    numbers, trained, kept = sum(layer.params for layer in whole), copied, copied
+    for layer in plan.sites:
+        config = configs[layer.name]
+        size = SIZES[str(getattr(config, "dtype", "float32"))]
+        shapes = hooks.shapes(site_of(layer), config)
+        own = sum(prod(shape) for name, shape in shapes.items() if name not in hooks.method.buffers)
+        numbers, trained = numbers + own, trained + own * size
+        kept += sum(map(prod, shapes.values())) * size
+    return Memory(numbers, weights, kept, trained, MOMENTS * trained)
+
+
+def memory_of_methods(plan: Plan, chosen: MethodHooks, configs: Mapping[str, Config], options: Mapping[str, object]) -> dict[str, Memory]:
+    """Method → what it takes on the same sites; `chosen` with its own configs, the others with those of `options` that they have.
+
+    A method that does not work on these sites, or needs an option that is not given, is left out.
+    """
+    found = {}
+    for method in sorted(registry().methods(), key=lambda method: method.name):
+        if method.name == chosen.method.name:
+            found[method.name] = adapter_memory(plan, chosen, configs)
+            continue
+        if method.kinds is not None and any(layer.kind not in method.kinds for layer in plan.sites):
+            continue
+        try:
+            config = method.config(**{key: value for key, value in options.items() if key in method.config.model_fields})
+            same = dict.fromkeys((site.name for site in plan.sites), config)
+            found[method.name] = adapter_memory(plan, registry().hooks(method.name), same)
+        except (ValueError, ConfigError):
+            continue
+    return found
+
+
+def _frozen_bytes(layer: Layer, config: Config | None) -> int:
+    bits = config.weight_bits() if config is not None else None
+    if bits is None:
+        return layer.bytes
+    weight = prod(layer.shape)
+    return layer.bytes - weight * SIZES[layer.dtype] + round(weight * bits / 8)
