@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all lint wheel docs clean
+.PHONY: demo test test-all lint wheel docs bench-methods clean
 
 demo: .venv/demo
 	$(BIN)/python docs/demo/demo.py
@@ -28,6 +28,10 @@ wheel: .venv/dev
 docs: .venv/demo
 	$(BIN)/python docs/pictures.py
 
+bench-methods: .venv/bench
+	$(BIN)/python docs/benchmarks/methods.py
+	$(BIN)/python docs/benchmarks/initialisation.py
+
 clean:
 	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
@@ -39,6 +43,10 @@ clean:
 
 .venv/demo: .venv/torch pyproject.toml
 	$(PIP) --editable '.[demo]'
+	touch $@
+
+.venv/bench: .venv/torch pyproject.toml
+	$(PIP) --editable '.[bench]'
 	touch $@
 
 .venv/dev: .venv/torch pyproject.toml

@@ -115,6 +115,15 @@ model                                                     182  364 B  81.61 %   
 
 8 of 16 modules selected: @attention 8
 lora trains 58 numbers: 55.77 % of the 104 in the selected layers, 26.01 % of the model's 223
+
+memory that training takes (Adam; activations come on top):
+method    trained  weights  adapter  gradients  optimizer    total
+full          223    446 B      0 B      446 B      892 B  1.7 KiB
+adalora        58    446 B    232 B      232 B      464 B  1.3 KiB
+dora           84    446 B    336 B      336 B      672 B  1.7 KiB
+lora           58    446 B    232 B      232 B      464 B  1.3 KiB
+loraplus       58    446 B    232 B      232 B      464 B  1.3 KiB
+qlora          58    290 B    232 B      232 B      464 B  1.2 KiB
 """
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from torchgraft.adapter import Adapter
-from torchgraft.adapter_files import read_adapter
+from torchgraft.adapter_files import AdapterFiles, read_adapter
 from torchgraft.attaching import attach
 from torchgraft.bases import PairedSite, Pairing, base_of_module
-from torchgraft.errors import PairingError
+from torchgraft.errors import PairingError, TorchgraftWarning
 from torchgraft.pairing import pair
 from torchgraft.planning import Plan
 from torchgraft.site import Site
@@ -40,8 +42,24 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
 
     adapter = attach(Adapter(model, name, pairing.method.name, pairing.config, chosen), configs, make)
     adapter.state.update(state)
+    warn_of_other_weights(files, adapter.sites)
     _fill_copies(adapter, pairing, tensors)
     return adapter
+
+
+def warn_of_other_weights(files: AdapterFiles, sites: Iterable[Site]) -> None:
+    """Say where an adapter that was trained on quantised weights meets other ones."""
+    recorded = {site["name"]: site["quantization"] for site in files.native.get("sites", []) if site.get("quantization")}
+    other = [site for site in sites if site.name in recorded and site.quantization != recorded[site.name]]
+    if other:
+        name, now = other[0].name, other[0].quantization or other[0].dtype
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        warnings.warn(
+            f"{name}{more}: the adapter was trained on quantized weights, {recorded[name]}, and here they are {now}: its effect will "
+            "not be quite the same",
+            TorchgraftWarning,
+            stacklevel=3,
+        )
 
 
 def read_tensors(pairing: Pairing) -> dict[str, Tensor]:

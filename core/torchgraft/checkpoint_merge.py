@@ -19,7 +19,7 @@ from torch import Tensor
 import torchgraft
 from torchgraft import exact
 from torchgraft.adapter_files import NATIVE, PEFT_CONFIG, AdapterFiles, read_adapter
-from torchgraft.adapter_load import read_tensors
+from torchgraft.adapter_load import read_tensors, warn_of_other_weights
 from torchgraft.bases import base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json
 from torchgraft.checkpoint_verify import SAMPLED_ROWS, verify_merge
@@ -74,6 +74,7 @@ def merge_checkpoint(
     target = Path(output)
     refuse_existing(target)
     merge = prepare(open_checkpoint(model), read_adapter(adapter), kinds)
+    warn_of_other_weights(merge.pairing.files, [paired.site for paired in merge.pairing.sites])
     carried, left_out = sidecars(merge.checkpoint)
     if left_out:
         warnings.warn(

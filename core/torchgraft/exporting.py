@@ -104,7 +104,7 @@ def _recorded_base(files: AdapterFiles) -> Base:
     """The base as far as our record describes it."""
     if not files.native:
         raise FileFormatError(
-            f"{files.directory}: PEFT wrote it, and it does not tell the layers' kinds and shapes; give its base model, --base"
+            f"{files.directory}: PEFT wrote it, and it does not tell the layers' kinds and shapes; give its base: --base MODEL"
         )
     sites = files.native["sites"]
     layers = {

@@ -53,13 +53,14 @@ def adapter_shapes(site: tg.Site, config: AdaloraConfig) -> dict[str, tuple[int,
 @hookimpl
 def adapter_init(site: tg.Site, config: AdaloraConfig, generator: Generator) -> dict[str, Tensor]:
     params = tg.init_factors(site, config, generator)
+    a, b = params["A"][: config.r], params["B"][:, : config.r]
     if config.allocator == "energy":
-        return params
-    for name in ("A", "B"):
-        params[name].normal_(0, SPREAD, generator=generator)
+        return {"A": a, "B": b}
+    for factor in (a, b):
+        factor.normal_(0, SPREAD, generator=generator)
     if site.padding_idx is not None:
-        params["A"][:, site.padding_idx] = 0
-    return {**params, "E": params["A"].new_zeros(config.rank, 1)}
+        a[:, site.padding_idx] = 0
+    return {"A": a, "B": b, "E": a.new_zeros(config.r, 1)}
 
 
 @hookimpl

@@ -83,6 +83,5 @@ class AdaloraPeft:
         self, site: tg.Site, config: AdaloraConfig, tensors: Mapping[str, Tensor], default: AdaloraConfig
     ) -> dict[str, Tensor]:
         a, e, b = tensors["lora_A"], tensors["lora_E"], tensors["lora_B"]
-        if config.scale != default.scale:
-            e = (e.double() / (config.scale / default.scale)).to(a.dtype)
+        e = (e.double() / (config.scale / default.scale)).to(a.dtype)
         return {"A": a, "B": b} if config.allocator == "energy" else {"A": a, "E": e, "B": b}

@@ -1,0 +1,71 @@
+"""The pictures of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+
+mpl.use("Agg")
+mpl.rcParams.update({"svg.hashsalt": "torchgraft", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def curves(runs: Runs, smooth: Callable[[Sequence[float]], list[float]], path: Path) -> None:
+    """Training loss against steps, and accuracy with its spread."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
+    colours = dict(zip(runs, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    for row, results in runs.items():
+        curve = np.mean([smooth(run["losses"]) for run in results], axis=0)
+        left.plot(range(1, len(curve) + 1), curve, label=row, color=colours[row], linewidth=1.6)
+    left.set(xlabel="step", ylabel="training loss, mean of the last 20 steps", title="Learning")
+    left.legend(frameon=False, fontsize=8)
+    for place, (row, results) in enumerate(runs.items()):
+        values = [100 * run["accuracy"] for run in results]
+        right.errorbar(mean(values), place, xerr=stdev(values), fmt="o", color=colours[row], capsize=3)
+        right.plot(values, [place] * len(values), "|", color=colours[row], alpha=0.6)
+    right.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel="held-out accuracy, %", title="Accuracy, mean ± std and each seed")
+    right.invert_yaxis()
+    save(figure, path)
+
+
+def ranks(runs: Runs, path: Path) -> None:
+    """The mean final rank of each layer: blocks from left to right, projections from top to bottom."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(11, 3.4), layout="constrained", squeeze=False)
+    highest = max(max(run["ranks"].values()) for results in runs.values() for run in results)
+    for axis, (row, results) in zip(axes[0], runs.items(), strict=True):
+        projections, blocks, grid = rank_grid(results)
+        image = axis.imshow(grid, cmap="viridis", vmin=0, vmax=highest, aspect="auto")
+        axis.set(title=f"{row}: mean final rank", xlabel="block", xticks=range(len(blocks)), xticklabels=blocks)
+        axis.set(yticks=range(len(projections)), yticklabels=projections)
+        for y, x in np.ndindex(grid.shape):
+            if not np.isnan(grid[y, x]):
+                dark = grid[y, x] < 0.6 * highest
+                axis.text(x, y, f"{grid[y, x]:.1f}", ha="center", va="center", color="white" if dark else "black", fontsize=8)
+    figure.colorbar(image, ax=axes[0].tolist(), label="rank")
+    save(figure, path)
+
+
+def rank_grid(results: list[dict[str, Any]]) -> tuple[list[str], list[str], Any]:
+    """Projection × block of the layers that lie in blocks; the mean over the runs."""
+    cells: dict[tuple[str, str], list[int]] = {}
+    for run in results:
+        for name, rank in run["ranks"].items():
+            segments = name.split(".")
+            block = next((segment for segment in segments if segment.isdecimal()), None)
+            if block is not None:
+                cells.setdefault((".".join(segments[segments.index(block) + 1 :]), block), []).append(rank)
+    projections = list(dict.fromkeys(projection for projection, _ in cells))
+    blocks = sorted({block for _, block in cells}, key=int)
+    grid = np.array([[mean(cells[p, b]) if (p, b) in cells else np.nan for b in blocks] for p in projections])
+    return projections, blocks, grid
+
+
+def save(figure: Any, path: Path) -> None:
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
