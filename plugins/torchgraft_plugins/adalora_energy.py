@@ -45,11 +45,11 @@ def _shrunk(part: tg.SitePart, step: int) -> tg.Resize | None:
     import torch
 
     config, params = part.config, part.tensors()
-    a, b = params["A"].detach().float(), params["B"].detach().float()
+    a, b = params["A"].detach().double(), params["B"].detach().double()
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, sigma, vh = torch.linalg.svd(r_b @ r_a.T)  # B·A = (Q_b·U)·Σ·(Vᵀ·Q_aᵀ)
-    energy = sigma.double().square()
+    energy = sigma.square()
     kept = max(config.least, _fewest(energy, config.epsilon))
     if kept >= config.r or energy.sum() == 0:
         return None
@@ -62,8 +62,8 @@ def _shrunk(part: tg.SitePart, step: int) -> tg.Resize | None:
     if part.site.padding_idx is not None:  # 0 but for rounding, and it must stay 0
         tensors["A"][:, part.site.padding_idx] = 0
     carry: dict[str, Callable[[Tensor, int], Tensor]] = {
-        "A": lambda moment, power: (s.T**power) @ moment.float(),
-        "B": lambda moment, power: moment.float() @ (t.T**power),
+        "A": lambda moment, power: (s.T**power) @ moment.double(),
+        "B": lambda moment, power: moment.double() @ (t.T**power),
     }
     return tg.Resize({name: value.to(params[name].dtype) for name, value in tensors.items()}, config.at(kept), carry)
 
