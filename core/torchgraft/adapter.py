@@ -73,6 +73,10 @@ class Adapter:
         self._backwards = 0
         self._stepped = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.watch()  # a copied parameter has no hooks
+
     def __repr__(self) -> str:
         state = " (merged)" if self.merged else "" if self.active else " (not active)"
         return f"<Adapter {self.name!r}: {self.method} on {len(self.parts)} sites{state}>"
@@ -130,6 +134,9 @@ class Adapter:
         self._check_attached()
         if self.merged:
             raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
+        if not self.hooks.has("adapter_step"):
+            return
+        check_resizable(optimizer, self.parameters())
         self._stepped = True
         self.hooks.step(adapter=self, optimizer=optimizer, step=step, metrics=metrics or {})
 

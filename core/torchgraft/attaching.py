@@ -139,7 +139,7 @@ def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tu
             f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
         )
     weight: Tensor = module.weight  # type: ignore[assignment]
-    moved = {name: tensor.to(weight.device) for name, tensor in tensors.items()}
+    moved = {name: tensors[name].to(weight.device) for name in expected}  # in one order, by which optimizers know parameters
     part = SitePart(replace(site, module=module), adapter.method, config, moved, adapter.hooks.method.buffers)
     return part, None if layer_instead is None else graft.form_of(layer_instead)
 

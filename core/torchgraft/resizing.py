@@ -18,7 +18,7 @@ Carry = Callable[[Tensor, int], Tensor]
 
 POWERS = {
     **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1),
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"), 2),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2),
 }
 """torch's names of what optimizers keep for each entry of a parameter."""
 
@@ -40,17 +40,28 @@ def check_resizable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) ->
         AttachError: the optimizer holds none of the parameters, or keeps something whose meaning is not known.
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = list(parameters)
-    if not any(id(parameter) in held for parameter in trained):
-        raise AttachError("adapter.step(optimizer, …): this optimizer has none of the adapter's parameters; pass the one that trains it")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    missing = sum(id(parameter) not in held for parameter in trained)
+    if missing:
+        some = "none" if missing == len(trained) else "only some"
+        raise AttachError(f"adapter.step(optimizer, …): this optimizer has {some} of the adapter's parameters; pass the one that trains it")
     for parameter in trained:
-        for name, moment in _moments(optimizer, parameter).items():
-            _power(optimizer, name)
-            if moment.dtype == torch.uint8:
-                raise AttachError(
-                    f"{type(optimizer).__name__} keeps its moments in 8 bits, block by block, and they cannot follow a change of rank; "
-                    "use a 32-bit one, such as paged_adamw_32bit"
-                )
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.numel() > 1:
+                _check_moment(optimizer, parameter, name, value)
+
+
+def _check_moment(optimizer: Optimizer, parameter: nn.Parameter, name: str, moment: Tensor) -> None:
+    if moment.dtype == torch.uint8:
+        raise AttachError(
+            f"{type(optimizer).__name__} keeps its moments in 8 bits, block by block, and they cannot follow a change of rank; "
+            "use a 32-bit one, such as paged_adamw_32bit"
+        )
+    if moment.shape != parameter.shape or _power(optimizer, name) == 0:
+        raise AttachError(
+            f"{type(optimizer).__name__} keeps {name!r} for each parameter, and how that follows a change of rank is not known; "
+            "use an Adam, SGD, RMSprop or Adagrad"
+        )
 
 
 @torch.no_grad()
@@ -61,7 +72,7 @@ def resize_(parameter: nn.Parameter, value: Tensor, optimizer: Optimizer, carry:
     parameter.grad = None
     # A graph that is still alive remembers the parameter's shape; only a change of dtype makes autograd forget it.
     parameter.data = parameter.data.new_empty(0, dtype=torch.float64 if parameter.dtype != torch.float64 else torch.float32)
-    parameter.data = value.to(parameter.device, memory_format=torch.contiguous_format)
+    parameter.data = value.to(parameter.device).contiguous()
 
 
 def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -71,12 +82,8 @@ def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]
 
 
 def _power(optimizer: Optimizer, name: str) -> int:
-    if name in POWERS:
-        return POWERS[name]
+    """1 or 2, or 0 if it is not known what the optimizer keeps under this name."""
     if name in ("state1", "state2"):  # bitsandbytes: the first is of squares in the optimizers that have no momentum
         of_squares = name == "state2" or getattr(optimizer, "optimizer_name", "") in ("adagrad", "rmsprop")
         return 2 if of_squares else 1
-    raise AttachError(
-        f"{type(optimizer).__name__} keeps {name!r} for each parameter, and how that follows a change of rank is not known; "
-        "use an Adam, SGD, RMSprop or Adagrad"
-    )
+    return POWERS.get(name, 0)

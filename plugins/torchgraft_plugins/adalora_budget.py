@@ -5,11 +5,13 @@
     b(t) = b_T + (b₀ - b_T)·(1 - (t - t_i) / (T - t_i - t_f))³                          for t_i ≤ t < T - t_f
 
 The b(t) triplets with the highest scores, over all layers, are kept. The others are parked: they are out of the
-parameters, and their scores decay, as a masked triplet's do in the paper, for with λ = 0 all its I are 0; should its
-score be high enough again, it comes back with λ = 0.
+parameters, their I is 0, so their scores decay; should one's score be high enough again, it comes back with λ = 0.
 
-Differences from the paper: as in the authors' code, `adapter.step` comes after the optimizer's step, so w in I is the
-updated one; and t - t_i stands for the paper's t - t_i - t_f in the schedule, which would start above b₀.
+Differences from the paper:
+- As in the authors' code, `adapter.step` comes after the optimizer's step, so w in I is the updated one.
+- t - t_i stands for the paper's t - t_i - t_f in the schedule, which would start above b₀.
+- The paper masks λ and lets it train until the next decision, so that it can win its place back by a gradient. What is
+  parked here has none, and comes back more rarely; at an interval of 1 the paper's I of a masked triplet is 0, too.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ def budget_step(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
     config, state = adapter.config, adapter.state
     if state.get("finished"):
         return
+    if all(parameter.grad is None for part in adapter.parts.values() for parameter in part.parameters()):
+        raise tg.AttachError(
+            f"the adapter {adapter.name!r} has no gradients, which adalora's budget needs; call adapter.step(optimizer, step=…) after "
+            "loss.backward() and optimizer.step(), and before optimizer.zero_grad()"
+        )
     for part in adapter.parts.values():
         _update_importance(state, part, config.beta1, config.beta2)
     last = config.total_steps - config.final
@@ -58,11 +65,6 @@ def _update_importance(state: dict[str, Any], part: tg.SitePart, beta1: float, b
 
     kept = _kept(state, part)
     for name, parameter in part.named_parameters():
-        if parameter.grad is None and len(parameter) and part.config.r:
-            raise tg.AttachError(
-                f"{part.site.name}: {name} has no gradient, which adalora's budget needs; call adapter.step(optimizer, step=…) after "
-                "loss.backward() and optimizer.step(), and before optimizer.zero_grad()"
-            )
         current = torch.zeros(len(kept), _rows(name, parameter).shape[1], device=parameter.device)
         if parameter.grad is not None:
             current[kept] = _rows(name, (parameter.detach() * parameter.grad).abs().float())
@@ -127,7 +129,7 @@ def _kept(state: dict[str, Any], part: tg.SitePart) -> Tensor:
     """Which of the initial triplets are in the parameters."""
     import torch
 
-    kept: Tensor = state.setdefault(f"{part.site.name}.kept", torch.ones(part.config.rank, dtype=torch.bool))
+    kept: Tensor = state.setdefault(f"{part.site.name}.kept", torch.ones(part.config.r, dtype=torch.bool))
     return kept
 
 

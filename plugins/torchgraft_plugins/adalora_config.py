@@ -40,8 +40,11 @@ class AdaloraConfig(tg.LowRankConfig):
         others = BUDGET_ONLY if self.allocator == "energy" else ENERGY_ONLY
         if given := [name for name in others if getattr(self, name) != type(self).model_fields[name].default]:
             raise ValueError(f"{', '.join(given)}: allocator = {self.allocator!r} has no use for it")
-        if self.least > (self.most if self.allocator == "energy" else self.rank):
-            raise ValueError(f"min_rank = {self.least} is above the largest rank, {self.most}")
+        if self.max_rank is not None and self.max_rank < self.rank:
+            raise ValueError(f"max_rank = {self.max_rank} is below the initial rank, {self.rank}")
+        for name, rank in (("min_rank", self.least), ("current", self.r)):
+            if rank > self.most:
+                raise ValueError(f"{name} = {rank} is above the largest rank, {self.most}")
         if self.allocator == "budget":
             self._check_budget()
         return self
@@ -67,6 +70,8 @@ class AdaloraConfig(tg.LowRankConfig):
 
     @property
     def most(self) -> int:
+        if self.allocator == "budget":
+            return self.rank
         return self.max_rank if self.max_rank is not None else 2 * self.rank
 
     @property

@@ -6,6 +6,7 @@ r' = the least k with Σ_{i>k} σᵢ² / Σ σᵢ² ≤ ε        min_rank ≤ r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torchgraft as tg
@@ -21,7 +22,7 @@ VALIDATION = ("val_loss", "validation_loss", "eval_loss")
 
 def energy_step(adapter: tg.Adapter, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
     seen = adapter.state.setdefault("seen", [])
-    seen += [float(metrics[name]) for name in VALIDATION if name in metrics]
+    seen += [float(metrics[name]) for name in VALIDATION if name in metrics and isfinite(metrics[name])]
     if step % adapter.config.interval:
         return
     grow = _stalled(adapter.state, adapter.config.tolerance)
@@ -46,11 +47,13 @@ def _shrunk(part: tg.SitePart, step: int) -> tg.Resize | None:
 
     config, params = part.config, part.tensors()
     a, b = params["A"].detach().double(), params["B"].detach().double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise tg.AttachError(f"{part.site.name}: the adapter has NaN or infinite entries: the run has diverged; lower the learning rate")
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, sigma, vh = torch.linalg.svd(r_b @ r_a.T)  # B·A = (Q_b·U)·Σ·(Vᵀ·Q_aᵀ)
     energy = sigma.square()
-    kept = max(config.least, _fewest(energy, config.epsilon))
+    kept = min(max(config.least, _fewest(energy, config.epsilon)), len(energy))
     if kept >= config.r or energy.sum() == 0:
         return None
     # A keeps its size, B takes the singular values. With S and T, B' = B·S and A' = T·A, so that gradients follow as
@@ -84,7 +87,7 @@ def _grown(part: tg.SitePart, step: int) -> tg.Resize | None:
         return None
     a, b = params["A"].detach(), params["B"].detach()
     generator = torch.Generator().manual_seed(tg.seed_of(step, part.site.name))
-    fresh = tg.init_factors(part.site, config.at(config.r).with_("adalora", {"rank": more, "init": "kaiming"}), generator)["A"]
+    fresh = tg.init_factors(part.site, tg.LowRankConfig(rank=more), generator)["A"]
     tensors = {"A": torch.cat([a, fresh.to(a)]), "B": torch.cat([b, b.new_zeros(len(b), more)], dim=1)}
     rows = [*range(config.r), *[-1] * more]
     return tg.Resize(tensors, config.at(config.r + more), carry_rows(rows))

@@ -29,4 +29,4 @@ def carry_rows(rows: list[int]) -> dict[str, Callable[[Tensor, int], Tensor]]:
 
 def note(adapter: tg.Adapter, step: int, what: str) -> None:
     ranks = {name: part.config.r for name, part in adapter.parts.items()}
-    adapter.state.setdefault(HISTORY, []).append({"step": step, "what": what, "ranks": ranks})
+    adapter.state.setdefault(HISTORY, []).append({"step": int(step), "what": what, "ranks": ranks})

@@ -16,7 +16,7 @@ class AdaloraPeft:
     """PEFT's ADALORA type: lora_A (r, in), lora_E (r, 1), lora_B (out, r), ΔW = B·diag(E)·A · lora_alpha / (init_r + 1e-5).
 
     PEFT has one scale for all layers; where a site's own differs, E carries the ratio, in float64 so that reading it
-    gives the same bits back.
+    gives the same bits back, of 32 bits and fewer.
     """
 
     IGNORED = tg.LowRankPeft.IGNORED | frozenset(
@@ -48,12 +48,12 @@ class AdaloraPeft:
         for key, value in peft.items():
             if value and key not in self.IGNORED:
                 raise tg.PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
-        rank, total = int(peft.get("init_r", 12)), int(peft.get("total_step") or 2)
+        rank, total = int(peft.get("init_r", 12)), max(2, int(peft.get("total_step") or 2))
         final = max(1, min(int(peft.get("tfinal", 0)), total - 1))
         kept = (peft.get("rank_pattern") or {}).get(f"{site.name}.lora_E") if site is not None else None
         return AdaloraConfig(
             rank=rank,
-            alpha=float(peft.get("lora_alpha", 8)) * rank / (rank + 1e-5),
+            alpha=(float(peft.get("lora_alpha", 8)) or rank) * rank / (rank + 1e-5),
             dropout=float(peft.get("lora_dropout", 0.0)),
             allocator="budget",
             interval=int(peft.get("deltaT", 1)),
@@ -84,4 +84,4 @@ class AdaloraPeft:
     ) -> dict[str, Tensor]:
         a, e, b = tensors["lora_A"], tensors["lora_E"], tensors["lora_B"]
         e = (e.double() / (config.scale / default.scale)).to(a.dtype)
-        return {"A": a, "B": b} if config.allocator == "energy" else {"A": a, "E": e, "B": b}
+        return {"A": a, "B": b} if config.allocator == "energy" else {"A": a, "B": b, "E": e}

@@ -1,0 +1,632 @@
+"""DoRA on every kind of layer, against the layer with the weight m·V/‖V‖ written out in float64, where V = W + s·B·A."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchgraft as tg
+from models import Plain, perturb_
+from test_lora import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, TOKENS, Pair, as_stored, assert_near, dense, input_of, plain
+from test_lora_init import canonical, output
+from test_merge_exact import all_bits, assert_same_bits, bits, own_dtype, refused
+from torchgraft_plugins import dora
+
+NOT_EMBEDDINGS = [layer for layer in LAYERS if not layer.startswith("embedding")]
+
+
+def adapted(module: nn.Module, **options: Any) -> tuple[nn.Sequential, tg.Adapter]:
+    """A model of a copy of that layer, with a perturbed adapter."""
+    model = nn.Sequential(deepcopy(module))
+    adapter = tg.apply(model, "dora", targets=["@all"], **{"rank": RANK, "alpha": ALPHA, **options})
+    move_(adapter)
+    return model, adapter
+
+
+def move_(adapter: tg.Adapter, seed: int = 1) -> None:
+    """Away from the start, but for the column of a padding row: for want of a gradient, it stays."""
+    perturb_(adapter.parameters(), seed=seed)
+    for part in adapter.parts.values():
+        if part.site.padding_idx is not None:
+            part.A.data[:, part.site.padding_idx] = 0
+
+
+def leaves(part: Any, *names: str) -> list[Tensor]:
+    return [getattr(part, name).detach().double().requires_grad_() for name in names]
+
+
+def turned(v: Tensor, m: Tensor) -> Tensor:
+    """m·V/‖V‖ by row. The norm is a constant (§4.3 of the paper); a row that is zero has no direction and stays zero."""
+    norm = v.detach().norm(dim=1)
+    return m[:, None] / norm.where(norm > 0, 1)[:, None] * v
+
+
+def weight_with(part: Any, matrix: Tensor) -> Tensor:
+    """`matrix` (out, in) with one adapter in it, LoRA or DoRA, in float64."""
+    v = matrix + SCALE * part.B.detach().double() @ part.A.detach().double()
+    return turned(v, part.m.detach().double()) if part.method == "dora" else v
+
+
+def reference(module: nn.Module, part: Any, x: Tensor, cotangent: Tensor) -> dict[str, Pair]:
+    """Output and gradients in float64, each with the same from absolute values: the size of the terms that it sums."""
+    weight, found = canonical(module), []
+    norm = (weight + SCALE * part.B.detach().double() @ part.A.detach().double()).norm(dim=1)
+    for view in (lambda tensor: tensor, torch.abs):
+        a, b, m = (view(tensor.detach().double()).requires_grad_() for tensor in (part.A, part.B, part.m))
+        bias = None if getattr(module, "bias", None) is None else view(module.bias.detach().double())
+        own_x = view(x.detach().double()).requires_grad_() if x.is_floating_point() else x
+        w, delta = view(weight), SCALE * b @ a
+        if view is torch.abs:
+            # What is computed: h + (g - 1)·(h - bias) + …, with a norm whose square is a sum of terms larger than itself.
+            blown = (w.norm(dim=1) + delta.detach().norm(dim=1)).square() / norm.square()
+            g = m / norm * blown
+            matrix, bias = (2 + g)[:, None] * w + g[:, None] * delta, None if bias is None else (3 + g) * bias
+        else:
+            matrix = turned(w + delta, m)
+        y = dense(module, as_stored(module, matrix), bias, own_x)
+        inputs = {"A": a, "B": b, "m": m} | ({"x": own_x} if x.is_floating_point() else {})
+        gradients = torch.autograd.grad(y, list(inputs.values()), view(cotangent.double()))
+        found.append({"output": y.detach(), **dict(zip(inputs, gradients, strict=True))})
+    return {key: (found[0][key], found[1][key]) for key in found[0]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_output_and_gradients_are_those_of_the_dense_weight(layer: str, dtype: str) -> None:
+    module = plain(layer, dtype)
+    model, adapter = adapted(module, dtype=own_dtype(dtype))
+    part, x = adapter.parts["0"], input_of(module)
+    x.requires_grad_(x.is_floating_point())
+    got = model(x)
+    cotangent = torch.randn(got.shape, generator=torch.Generator().manual_seed(8)).to(got)
+    if layer == "embedding-padding":
+        cotangent[x == module.padding_idx] = 0  # to torch the row is a constant; here it is scaled by m, as in PEFT
+    got.backward(cotangent)
+    want = reference(module, part, x, cotangent)
+
+    assert (got.dtype, part.m.dtype) == (DTYPES[dtype], DTYPES[own_dtype(dtype)])
+    assert_near(got, want["output"], got.dtype)
+    assert_near(part.A.grad, want["A"], part.A.dtype)
+    assert_near(part.B.grad, want["B"], part.A.dtype)
+    assert_near(part.m.grad, want["m"], got.dtype, part.m.dtype)
+    if "x" in want:
+        assert_near(x.grad, want["x"], x.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_start_changes_no_bit_of_the_output(layer: str, dtype: str) -> None:
+    module = plain(layer, dtype).requires_grad_(False)  # torch rounds in another order where a weight needs a gradient
+    x = input_of(module)
+    for own in ("float32", "bfloat16"):
+        model = nn.Sequential(deepcopy(module))
+        part = tg.apply(model, "dora", targets=["@all"], rank=2, dtype=own).parts["0"]
+        assert (part.A.dtype, part.B.dtype, part.m.dtype) == (DTYPES[own], DTYPES[own], DTYPES[own_dtype(dtype)])
+        torch.testing.assert_close(part.m.double(), canonical(module).norm(dim=1), rtol=1e-6, atol=0)
+        for mode in (True, False):
+            assert torch.equal(model.train(mode)(x), module(x))
+            with torch.no_grad():
+                assert torch.equal(model(x), module(x))
+
+
+@pytest.mark.parametrize("layer", [*ONE_OF_EACH, "embedding-padding"])
+def test_the_magnitude_alone_scales_each_output_feature(layer: str) -> None:
+    """The (g - 1)·W·x that PEFT's Embedding once dropped: with B = 0 there is nothing else."""
+    module = plain(layer)
+    model = nn.Sequential(deepcopy(module))
+    part = tg.apply(model, "dora", targets=["@all"], rank=2).parts["0"]
+    factor = torch.linspace(-1, 3, len(part.m))
+    part.m.data *= factor
+    x = input_of(module)
+    want = output(module, factor.double()[:, None] * canonical(module), x)
+    torch.testing.assert_close(model(x).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_the_padding_row_of_an_embedding_stays_zero() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6, padding_idx=3))
+    adapter = tg.apply(model, "dora", targets=["@all"], rank=2)
+    optimizer = torch.optim.AdamW(adapter.param_groups(lr=0.1, weight_decay=0.1))
+    for _ in range(4):
+        optimizer.zero_grad()
+        (model(TOKENS) - 1).square().mean().backward()
+        optimizer.step()
+    assert not adapter.parts["0"].A[:, 3].any()
+    assert not model(torch.tensor([3])).any()
+    assert model(torch.tensor([2])).abs().min() > 0
+    adapter.merge()
+    assert not model[0].weight[3].any()
+
+
+@pytest.mark.parametrize("layer", NOT_EMBEDDINGS)
+def test_in_training_all_of_the_change_sees_the_input_under_one_mask(layer: str) -> None:
+    """h = W·x + (W' - W)·drop(x), as in the authors' code; in eval nothing is dropped."""
+    module = plain(layer)
+    model, adapter = adapted(module, dropout=0.4)
+    part, x = adapter.parts["0"], input_of(module)
+    torch.manual_seed(11)
+    trained = model.train()(x)
+    torch.manual_seed(11)
+    dropped = F.dropout(x, 0.4).double()
+    w, (a, b, m) = canonical(module), leaves(part, "A", "B", "m")
+    change = as_stored(module, turned(w + SCALE * b @ a, m) - w)
+    want = output(module, w, x) + dense(module, change, None, dropped)
+    torch.testing.assert_close(trained.double(), want, atol=1e-4, rtol=0)
+    cotangent = torch.randn(want.shape, generator=torch.Generator().manual_seed(8))
+    trained.backward(cotangent)
+    for name, gradient in zip("ABm", torch.autograd.grad(want, [a, b, m], cotangent.double()), strict=True):
+        torch.testing.assert_close(getattr(part, name).grad.double(), gradient, atol=1e-4, rtol=1e-4)
+
+    whole = output(module, w, x) + dense(module, change, None, x.double())
+    torch.testing.assert_close(model.eval()(x).double(), whole, atol=1e-4, rtol=0)
+    assert (want - whole).abs().max() > 0.1, "the dropped entries must matter"
+
+
+def test_dropout_of_an_embedding_falls_on_the_columns_that_were_looked_up() -> None:
+    module = plain("embedding")
+    model, adapter = adapted(module, dropout=0.4)
+    part, tokens = adapter.parts["0"], input_of(module)
+    torch.manual_seed(11)
+    trained = model.train()(tokens)
+    torch.manual_seed(11)
+    columns = F.dropout(part.A.detach().T[tokens], 0.4).double()
+    b, m = part.B.detach().double(), part.m.detach().double()
+    g = m / (canonical(module) + SCALE * b @ part.A.double()).norm(dim=1)
+    want = g * (module.weight[tokens].double() + SCALE * columns @ b.T)
+    torch.testing.assert_close(trained.double(), want, atol=1e-5, rtol=0)
+    whole = output(module, weight_with(part, canonical(module)), tokens)
+    torch.testing.assert_close(model.eval()(tokens).double(), whole, atol=1e-5, rtol=0)
+    assert (want - whole).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layer", ONE_OF_EACH)
+def test_zero_rows_train_and_merge_without_nan(layer: str, dtype: str) -> None:
+    module = plain(layer, dtype)
+    rows = torch.tensor([1, 3])
+    with torch.no_grad():
+        module.weight.copy_(as_stored(module, canonical(module).index_fill(0, rows, 0)))
+    model = nn.Sequential(deepcopy(module))
+    adapter = tg.apply(model, "dora", targets=["@all"], rank=RANK, alpha=ALPHA)
+    part, x, before = adapter.parts["0"], input_of(module), module.weight.detach().clone()
+    assert torch.equal(model(x), module(x))
+    adapter.merge()
+    assert model[0].weight.isfinite().all()
+    adapter.unmerge()
+    optimizer = torch.optim.AdamW(adapter.param_groups(lr=0.05))
+    for step in range(6):
+        optimizer.zero_grad()
+        (model(x) - 1).float().square().mean().backward()
+        for name, parameter in adapter.named_parameters():
+            assert parameter.grad.isfinite().all(), name
+        if step == 0:
+            assert (part.B.grad[rows].abs().amax(1) > 0).all(), "without it the row could never train"
+        optimizer.step()
+
+    got, want = model(x).detach(), weight_with(part, canonical(module))
+    eps = torch.finfo(DTYPES[dtype]).eps
+    assert (want[rows].norm(dim=1) > 0.01).all()
+    torch.testing.assert_close(got.double(), output(module, want, x), atol=20 * eps, rtol=20 * eps)
+    adapter.merge()
+    torch.testing.assert_close(canonical(model[0]), want, atol=4 * eps, rtol=4 * eps)
+    torch.testing.assert_close(model(x).double(), got.double(), atol=20 * eps, rtol=20 * eps)
+    adapter.unmerge()
+    assert torch.equal(model[0].weight, before)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    rank=st.integers(1, 9),
+    scales=st.tuples(*[st.floats(1e-3, 1e3)] * 3),
+    seed=st.integers(0, 2**32),
+)
+@example(shape=(4, 4), rank=8, scales=(1e-9, 1.0, 1.0), seed=0)
+@example(shape=(4, 4), rank=8, scales=(1.0, 1e-9, 1.0), seed=0)
+def test_the_factored_norm_is_the_norm_of_the_dense_matrix(
+    shape: tuple[int, int], rank: int, scales: tuple[float, float, float], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w, a, b = (
+        scale * torch.randn(size, generator=generator, dtype=torch.float64)
+        for scale, size in zip(scales, (shape, (rank, shape[1]), (shape[0], rank)), strict=True)
+    )
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], dtype=torch.float64))
+    model[0].weight.data.copy_(w)
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tg.LowRankConfig, "advise", lambda *_: "")  # that a rank is more than is useful
+        part = tg.apply(model, "dora", targets=["@all"], rank=rank, alpha=ALPHA, dtype="float64").parts["0"]
+    part.A.data.copy_(a)
+    part.B.data.copy_(b)
+    s = ALPHA / rank
+    found, want = dora._norm(part.site, part.config, part.tensors()), (w + s * b @ a).norm(dim=1)
+    terms = (w.abs() + s * b.abs() @ a.abs()).square().sum(1)  # of the norm's square: they can cancel
+    assert ((found.square() - want.square()).abs() <= 100 * torch.finfo(torch.float64).eps * terms).all()
+
+
+class Products(TorchDispatchMode):
+    """Records the shapes of all results of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket._qualified_op_name.removeprefix("aten::") in {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "einsum"}:
+            self.shapes.add(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("layer", ["linear", "hf-conv1d", "embedding", "conv2d-plain"])
+def test_a_training_step_never_multiplies_b_by_a(layer: str, init: str) -> None:
+    module = plain(layer)
+    model, adapter = adapted(module, init=init, rank=2)
+    part, (out, into) = adapter.parts["0"], canonical(module).shape
+    x = input_of(module)
+    with Products() as products:
+        model.train()(x).square().mean().backward()
+    assert products.shapes
+    assert not products.shapes & {(out, into), (into, out)}
+    with Products() as products:
+        part.B @ part.A
+    assert products.shapes == {(out, into)}, "it would have been seen"
+
+
+@contextmanager
+def norms_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tg.Site]]:
+    calls: list[tg.Site] = []
+    real = dora._norm
+
+    def counted(site: tg.Site, *rest: Any) -> Tensor:
+        calls.append(site)
+        return real(site, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dora, "_norm", counted)
+        yield calls
+
+
+Change = Callable[[nn.Sequential, tg.Adapter, Tensor], object]
+
+
+def train(name: str, *, look: bool = False) -> Change:
+    """Two steps of an optimizer; with `look`, an eval falls between the forward pass and the step."""
+
+    def change(model: nn.Sequential, adapter: tg.Adapter, x: Tensor) -> None:
+        optimizer = adapter.optimizer(name, lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            if look:
+                with torch.no_grad():
+                    model(x)
+            loss.backward()
+            optimizer.step()
+
+    return change
+
+
+def load_other_values(model: nn.Sequential, adapter: tg.Adapter, assign: bool) -> None:
+    model.load_state_dict({key: value + 0.3 if "adapters" in key else value for key, value in model.state_dict().items()}, assign=assign)
+
+
+def edit_base(model: nn.Sequential, adapter: tg.Adapter, x: Tensor) -> None:
+    with torch.no_grad():
+        model[0].weight[1:3] += 1
+
+
+CHANGES: dict[str, Change] = {
+    "adamw": train("adamw"),
+    "sgd": train("sgd"),
+    "bitsandbytes": train("adamw_32bit"),
+    "bitsandbytes, 8 bit": train("adamw_8bit"),
+    "torch, with an eval before the step": train("adamw", look=True),
+    "bitsandbytes, with an eval before the step": train("adamw_32bit", look=True),
+    "load_state_dict": lambda model, adapter, x: load_other_values(model, adapter, False),
+    "load_state_dict, assigned": lambda model, adapter, x: load_other_values(model, adapter, True),
+    "base edited in place": edit_base,
+}
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", CHANGES)
+def test_in_eval_the_norm_is_computed_once_and_never_out_of_date(
+    change: str, guard: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = adapted(plain("linear"))
+    model.eval()
+    part, x = adapter.parts["0"], input_of(model[0])
+    with norms_counted(monkeypatch) as calls:
+        for turn in range(2):
+            if turn:
+                CHANGES[change](model, adapter, x)
+                calls.clear()
+            with guard():
+                outputs = [model(x) for _ in range(3)]
+            want = output(model[0], weight_with(part, canonical(model[0])), x)
+            for got in outputs:
+                torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
+            assert calls == [part.site]
+
+
+def test_a_norm_from_inference_mode_does_not_hinder_training() -> None:
+    model, adapter = adapted(plain("linear"))
+    x = input_of(model[0]).requires_grad_()
+    for trained in (True, False):
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(trained)
+        with torch.inference_mode():
+            model.eval()(x.detach())
+        model.train()(x).sum().backward()
+        want = torch.ones(10, dtype=torch.float64) @ weight_with(adapter.parts["0"], canonical(model[0]))
+        torch.testing.assert_close(x.grad.double(), want.expand_as(x), atol=1e-4, rtol=0)
+        x.grad = None
+
+
+def model_of_all_kinds(**options: Any) -> tuple[Plain, Plain, tg.Adapter]:
+    """Without an adapter, with one, and that one."""
+    torch.manual_seed(0)
+    base = Plain().eval().requires_grad_(False)
+    perturb_(list(base.parameters()), 0.1)
+    model = deepcopy(base)
+    adapter = tg.apply(model, "dora", targets=["@all"], **{"rank": RANK, "alpha": ALPHA, **options})
+    perturb_(adapter.parameters(), 0.2)
+    return base, model, adapter
+
+
+def dense_twin(base: nn.Module, adapter: tg.Adapter) -> nn.Module:
+    twin = deepcopy(base).double()
+    for name, part in adapter.parts.items():
+        module = twin.get_submodule(name)
+        module.weight.data = as_stored(module, weight_with(part, canonical(module))).clone()
+    return twin
+
+
+def test_a_whole_model_is_its_dense_twin_and_so_are_its_copies() -> None:
+    base, model, adapter = model_of_all_kinds()
+    want = dense_twin(base, adapter)(TOKENS)
+    with torch.no_grad():
+        model(TOKENS)  # so that there is something cached
+    for other in (model, deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(TOKENS).double(), want, atol=1e-4, rtol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(other(TOKENS).double(), want, atol=1e-4, rtol=0)
+    copy = deepcopy(model)
+    perturb_(tg.adapters(copy)["default"].parameters(), 0.2, seed=7)
+    with torch.no_grad():
+        torch.testing.assert_close(copy(TOKENS).double(), dense_twin(base, tg.adapters(copy)["default"])(TOKENS), atol=1e-4, rtol=0)
+        torch.testing.assert_close(model(TOKENS).double(), want, atol=1e-4, rtol=0)
+    with adapter.disabled():
+        assert torch.equal(model(TOKENS), base(TOKENS))
+    keys = {f"{name}.adapters.default.{tensor}" for name in adapter.parts for tensor in "ABm"}
+    assert model.state_dict().keys() == base.state_dict().keys() | keys
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # by inductor itself
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_a_graph_break(backend: str) -> None:
+    torch._dynamo.reset()
+    base = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 10))
+    model = deepcopy(base)
+    adapter = tg.apply(model, "dora", targets=["@all"], rank=RANK, alpha=ALPHA)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for seed in (1, 2):
+        perturb_(adapter.parameters(), 0.2, seed)
+        want = dense_twin(base, adapter)(TOKENS)
+        for guard in (torch.no_grad, torch.enable_grad):
+            with guard():
+                got = compiled(TOKENS)
+                torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
+    got.square().mean().backward()
+    compiled_gradients = [parameter.grad for parameter in adapter.parameters()]
+    model.zero_grad()
+    model(TOKENS).square().mean().backward()
+    for found, parameter in zip(compiled_gradients, adapter.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_under_autocast_the_output_is_the_same_to_bfloat16() -> None:
+    base, model, adapter = model_of_all_kinds()
+    want = dense_twin(base, adapter)(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(TOKENS)
+        got.square().mean().backward()
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - want).norm() / want.norm() < 8 * torch.finfo(torch.bfloat16).eps
+    assert all(parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all() for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_merge_gives_the_dense_weight_and_unmerge_every_bit(layer: str, dtype: str) -> None:
+    module = plain(layer, dtype)
+    model, adapter = adapted(module, dtype=own_dtype(dtype))
+    part, x, before = adapter.parts["0"], input_of(module), bits(module.weight)
+    part.m.data[1] = 0  # its row is gone, and cannot be computed back
+    unmerged, eps = model(x).detach().double(), torch.finfo(DTYPES[dtype]).eps
+    adapter.merge()
+    want = weight_with(part, canonical(module))
+    tolerance = max(4 * eps, 1e-12) * (want.abs() + 1)
+    assert ((canonical(model[0]) - want).abs() <= tolerance).all()
+    assert (want - canonical(module)).abs().max() > 0.1
+    near = max(16 * eps, 1e-12)
+    torch.testing.assert_close(model(x).double(), unmerged, rtol=near, atol=near * float(unmerged.abs().max()))
+    adapter.unmerge()
+    for cycle in range(20 if layer in ONE_OF_EACH else 2):
+        perturb_(adapter.parameters(), 0.1, seed=cycle)
+        adapter.merge()
+        adapter.unmerge()
+        assert torch.equal(bits(model[0].weight), before), f"cycle {cycle}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", ONE_OF_EACH)
+def test_a_merge_at_the_start_changes_no_bit(layer: str, dtype: str) -> None:
+    module = plain(layer, dtype)
+    model = nn.Sequential(deepcopy(module))
+    tg.apply(model, "dora", targets=["@all"], rank=2).merge()
+    assert torch.equal(model[0].weight, module.weight)
+
+
+Stack = tuple[nn.Sequential, list[tg.Adapter]]
+STACKS = {"dora, dora": ("dora", "dora"), "lora, dora": ("lora", "dora"), "dora, lora": ("dora", "lora"), "all": ("lora", "dora", "dora")}
+
+
+def stacked(module: nn.Module, methods: tuple[str, ...]) -> Stack:
+    """Each is put on when those below it have moved away from their starts."""
+    model, found = nn.Sequential(deepcopy(module)).requires_grad_(False), list[tg.Adapter]()
+    x = input_of(module)
+    for seed, method in enumerate(methods):
+        before = model(x)
+        found.append(tg.apply(model, method, targets=["@all"], rank=RANK, alpha=ALPHA, name=f"{seed}", dtype=own_dtype(name_of(module))))
+        assert torch.equal(model(x), before), "the start changes no bit"
+        move_(found[-1], seed)
+    return model, found
+
+
+def name_of(module: nn.Module) -> str:
+    return str(module.weight.dtype).removeprefix("torch.")
+
+
+def composed(module: nn.Module, stack: list[tg.Adapter]) -> Tensor:
+    matrix = canonical(module)
+    for adapter in stack:
+        matrix = weight_with(adapter.parts["0"], matrix)
+    return matrix
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("methods", STACKS.values(), ids=STACKS)
+@pytest.mark.parametrize("layer", ONE_OF_EACH)
+def test_adapters_on_one_layer_compose_in_the_order_of_attachment(layer: str, methods: tuple[str, ...], dtype: str) -> None:
+    module = plain(layer, dtype)
+    model, stack = stacked(module, methods)
+    x, near = input_of(module), {"float64": 1e-12, "float32": 2e-5, "bfloat16": 0.05}[dtype]
+
+    def assert_is(*active: tg.Adapter) -> None:
+        want = output(module, composed(module, list(active)), x)
+        for guard in (torch.enable_grad, torch.no_grad):
+            with guard():
+                torch.testing.assert_close(model(x).double(), want, rtol=near, atol=near * float(want.abs().max()))
+
+    assert_is(*stack)
+    for off in stack:  # what lies above it now stands on another weight
+        with off.disabled():
+            assert_is(*(adapter for adapter in stack if adapter is not off))
+    assert_is(*stack)
+
+    for upper in stack[1:]:
+        refused(upper.merge, model, "0: dora depends on the weight beneath it.*merge the earlier one first")
+    states = []
+    for adapter in stack:
+        states.append(all_bits(model))
+        adapter.merge()
+        assert_is(*stack)
+    for lower in stack[:-1]:
+        refused(lower.unmerge, model, "another adapter was merged after .*; unmerge that one first")
+    for adapter, before in zip(reversed(stack), reversed(states), strict=True):
+        adapter.unmerge()
+        assert_same_bits(model, before)
+        assert_is(*stack)
+
+
+@pytest.mark.parametrize("methods", STACKS.values(), ids=STACKS)
+def test_gradients_through_a_stack_are_those_of_the_dense_weight(methods: tuple[str, ...]) -> None:
+    module = plain("linear", "float64")
+    model, stack = stacked(module, methods)
+    x, matrix, inputs = input_of(module), canonical(module), list[tuple[Tensor, Tensor]]()
+    for adapter in stack:
+        part = adapter.parts["0"]
+        own = dict(zip(part.tensors(), leaves(part, *part.tensors()), strict=True))
+        matrix = matrix + SCALE * own["B"] @ own["A"]
+        matrix = turned(matrix, own["m"]) if "m" in own else matrix
+        inputs += [(getattr(part, name), tensor) for name, tensor in own.items()]
+    model(x).square().sum().backward()
+    gradients = torch.autograd.grad(output(module, matrix, x).square().sum(), [tensor for _, tensor in inputs])
+    for (parameter, _), gradient in zip(inputs, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lower", ["lora", "dora"])
+def test_a_cached_norm_follows_what_happens_below(lower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = plain("linear")
+    model, (below, above) = stacked(module, (lower, "dora"))
+    x = input_of(module)
+
+    def below_is_trained() -> None:
+        optimizer = below.optimizer("adamw_32bit", lr=0.1)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    changes: dict[str, tuple[Callable[[], object], bool]] = {
+        "nothing, or a first look": (lambda: None, True),
+        "trained": (below_is_trained, True),
+        "merged": (below.merge, True),
+        "unmerged": (below.unmerge, True),
+        "off": (lambda: setattr(below, "active", False), False),
+        "on": (lambda: setattr(below, "active", True), True),
+        "detached": (below.detach, False),
+    }
+    for name, (change, there) in changes.items():
+        change()
+        want = output(module, composed(module, [below, above] if there else [above]), x)
+        with torch.no_grad(), norms_counted(monkeypatch) as calls:
+            for _ in range(2):
+                torch.testing.assert_close(model(x).double(), want, atol=1e-4, rtol=0, msg=name)
+        assert sum(site is above.parts["0"].site for site in calls) == 1, name
+
+
+def test_the_magnitude_has_no_weight_decay_and_the_factors_have_their_own_rates() -> None:
+    _, _, adapter = model_of_all_kinds(lr_scale_a=0.5, lr_scale_b=16.0, lr_scale_embedding=3.0)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in adapter.param_groups(lr=0.01, weight_decay=0.1) for p in g["params"]}
+    assert len(rates) == len(adapter.parameters())
+    for name, part in adapter.parts.items():
+        a, b = (0.03, 0.03) if name == "embed" else (0.005, 0.16)
+        found = [rates[id(tensor)] for tensor in (part.A, part.B, part.m)]
+        assert found == [(pytest.approx(a), 0.1), (pytest.approx(b), 0.1), (0.01, 0.0)], name
+
+
+@pytest.mark.parametrize("init", ["swapped", "orthogonal", "gaussian", "pissa", "both-gaussian"])
+@pytest.mark.parametrize("layer", [*ONE_OF_EACH, "linear"])
+@pytest.mark.filterwarnings("ignore:init both-gaussian")
+def test_the_ways_to_start(layer: str, init: str) -> None:
+    module = plain(layer).requires_grad_(False)
+    model = nn.Sequential(deepcopy(module))
+    adapter = tg.apply(model, "dora", targets=["@all"], rank=2, alpha=6, init=init)
+    part, x, w = adapter.parts["0"], input_of(module), canonical(module)
+    torch.testing.assert_close(part.m.double(), w.norm(dim=1), rtol=1e-6, atol=0)
+    assert (part.A.any(), part.B.any()) == (init != "swapped", init in ("swapped", "pissa", "both-gaussian"))
+
+    def want() -> Tensor:
+        a, b, m = leaves(part, "A", "B", "m")
+        began = part.B0.double() @ part.A0.double() if init == "pissa" else 0
+        return output(module, turned(w + 3.0 * (b @ a - began), m), x)
+
+    if init in ("swapped", "orthogonal", "gaussian"):
+        assert torch.equal(model(x), module(x))
+    torch.testing.assert_close(model(x).double(), want(), atol=1e-4, rtol=1e-4)
+    difference = (want() - module(x)).abs().max()
+    assert difference > 0.1 if init == "both-gaussian" else difference < 1e-4
+    move_(adapter)
+    torch.testing.assert_close(model(x).double(), want(), atol=1e-4, rtol=1e-4)
+    before = bits(model[0].weight)
+    adapter.merge()
+    torch.testing.assert_close(model(x).double(), want(), atol=1e-4, rtol=1e-4)
+    adapter.unmerge()
+    assert torch.equal(bits(model[0].weight), before)
+
+
+def test_both_gaussian_warns() -> None:
+    with pytest.warns(tg.TorchgraftWarning, match=r"both-gaussian.*output changes before any training"):
+        tg.apply(nn.Sequential(nn.Linear(6, 10)), "dora", init="both-gaussian", rank=2, targets=["@all"])
