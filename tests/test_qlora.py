@@ -93,34 +93,28 @@ def test_the_selected_layers_and_no_others_are_quantised_in_place(options: dict[
     assert all(parameter.requires_grad for parameter in parameters.values())
 
 
-def with_float64() -> nn.Module:
-    model = plain()
-    model.head.double()
-    return model
+def changed(change: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        model = plain()
+        change(model)
+        return model
 
-
-def with_tied_weights() -> nn.Module:
-    model = plain()
-    model.attn["out_proj"].weight = model.attn["q_proj"].weight
-    return model
-
-
-def with_an_adapter() -> nn.Module:
-    model = plain()
-    tg.apply(model, "lora", ["head"], name="other", rank=2)
-    return model
-
-
-def without_values() -> nn.Module:
-    with torch.device("meta"):
-        return Plain()
+    return make
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
-    "float64": (with_float64, ["mlp.0", "head"], r"^head: .*float64.*convert"),
-    "no values": (without_values, ["mlp.0"], r"^mlp\.0: .*meta device.*tg\.load_quantized"),
-    "tied": (with_tied_weights, ["mlp.0", "out_proj"], r"^attn\.out_proj: its weight is also that of attn\.q_proj"),
-    "an adapter is on it": (with_an_adapter, ["mlp.0", "head"], r"^head: other adapters .*detach"),
+    "float64": (changed(lambda model: model.head.double()), ["mlp.0", "head"], r"^head: .*float64.*convert"),
+    "no values": (changed(lambda model: model.to("meta")), ["mlp.0"], r"^mlp\.0: .*meta device.*tg\.load_quantized"),
+    "tied": (
+        changed(lambda model: setattr(model.attn["out_proj"], "weight", model.attn["q_proj"].weight)),
+        ["mlp.0", "out_proj"],
+        r"^attn\.out_proj: its weight is also that of attn\.q_proj",
+    ),
+    "an adapter is on it": (
+        changed(lambda model: tg.apply(model, "lora", ["head"], name="other", rank=2)),
+        ["mlp.0", "head"],
+        r"^head: other adapters .*detach",
+    ),
     "a convolution": (plain, ["mlp.0", "conv"], r"^conv: qlora does not work on Conv1d layers, only on Linear"),
     "an embedding": (plain, ["mlp.0", "embed"], r"^embed: qlora does not work on Embedding layers, only on Linear"),
 }
@@ -385,64 +379,55 @@ def test_adapters_know_the_checkpoint_that_a_quantised_model_came_from(checkpoin
         tg.load(tg.load_quantized(other), tmp_path / "adapter")
 
 
-def bert(directory: Path) -> Path:
-    build("bert_lm").save_pretrained(directory)
+def write(model: nn.Module, directory: Path) -> Path:
+    model.save_pretrained(directory)
     return directory
 
 
 @pytest.mark.parametrize("targets", [["query"], None], ids=["targets that are there", "a target that is not there"])
 def test_a_classifier_whose_head_and_pooler_the_checkpoint_lacks(targets: list[str] | None, tmp_path: Path) -> None:
     """By default the pooler is selected, too; it has no weight in the files."""
-    model = tg.load_quantized(bert(tmp_path), targets, model_class=hf.AutoModelForSequenceClassification, num_labels=3)
+    model = tg.load_quantized(write(build("bert_lm"), tmp_path), targets, model_class=hf.AutoModelForSequenceClassification, num_labels=3)
     assert type(model.classifier) is nn.Linear
     query = model.bert.encoder.layer[0].attention.self.query
     assert same(contents(query), by_hand(build("bert_lm").bert.encoder.layer[0].attention.self.query.weight))
     assert logits(model).shape == (2, 3)
     adapter = tg.apply(model, "qlora", ["query"], also_train=["classifier"], rank=2)
-    logits_ = adapter.model(TOKENS).logits
-    logits_.sum().backward()
+    model(TOKENS).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
 
 
-def gpt2(directory: Path) -> Path:
-    build("gpt2").save_pretrained(directory)
-    return directory
-
-
-def tied(directory: Path) -> Path:
-    return llama(directory, tie_word_embeddings=True)
-
-
-def in_float64(directory: Path) -> Path:
-    build("llama").double().save_pretrained(directory)
-    return directory
-
-
-def no_transformers(directory: Path) -> Path:
+def tensors_alone(directory: Path) -> Path:
     save_file({"a.weight": torch.ones(4, 4)}, directory / "model.safetensors")
-    return directory
-
-
-def in_4_bit(directory: Path) -> Path:
-    tg.load_quantized(llama(directory / "base")).save_pretrained(directory / "quantised")
-    return directory / "quantised"
-
-
-def empty(directory: Path) -> Path:
     return directory
 
 
 NOT_LOADED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], type[Exception], str]] = {
     "a pattern that matches nothing": (llama, {"targets": ["q_porj"]}, tg.SelectionError, "'q_porj' matches no layer; near names: q_proj"),
     "one of two patterns": (llama, {"targets": ["q_proj", "wq"]}, tg.SelectionError, "'wq' matches no layer"),
-    "Conv1D": (gpt2, {}, tg.AttachError, r"^transformer\.h\.0\.attn\.c_attn: a Conv1D cannot be quantized"),
-    "an embedding": (llama, {"targets": "embed_tokens"}, tg.AttachError, "embed_tokens: .*Embedding cannot be quantized"),
-    "a tied head": (tied, {"targets": ["q_proj", "lm_head"]}, tg.AttachError, "lm_head: .*embed_tokens"),
-    "float64": (in_float64, {}, tg.AttachError, "float64"),
+    "Conv1D": (
+        lambda path: write(build("gpt2"), path),
+        {},
+        tg.AttachError,
+        r"^transformer\.h\.0\.attn\.c_attn: only a Linear can be quantized, and its kind is Conv1D",
+    ),
+    "an embedding": (
+        llama,
+        {"targets": "embed_tokens"},
+        tg.AttachError,
+        "embed_tokens: only a Linear can be quantized, and its kind is Embedding",
+    ),
+    "a tied head": (
+        lambda path: llama(path, tie_word_embeddings=True),
+        {"targets": ["q_proj", "lm_head"]},
+        tg.AttachError,
+        "lm_head: .*embed_tokens",
+    ),
+    "float64": (lambda path: write(build("llama").double(), path), {}, tg.AttachError, "float64"),
     "no such directory": (lambda path: path / "nowhere", {}, tg.FileFormatError, "nowhere: no such"),
-    "an empty directory": (empty, {}, tg.FileFormatError, "config.json"),
-    "no transformers checkpoint": (no_transformers, {}, tg.FileFormatError, "config.json"),
-    "quantised already": (in_4_bit, {}, tg.TorchgraftError, "quantized already"),
+    "an empty directory": (lambda path: path, {}, tg.FileFormatError, "config.json"),
+    "no transformers checkpoint": (tensors_alone, {}, tg.FileFormatError, "config.json"),
+    "quantised already": (lambda path: write(tg.load_quantized(llama(path / "base")), path / "4bit"), {}, tg.TorchgraftError, "quantiz"),
     "an unknown type": (llama, {"quant_type": "nf8"}, tg.ConfigError, "nf8"),
     "an unknown block size": (llama, {"block_size": 100}, tg.ConfigError, "100"),
     "an unknown compute type": (llama, {"compute_dtype": "bf16"}, tg.ConfigError, "bf16"),

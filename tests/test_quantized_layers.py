@@ -104,7 +104,8 @@ def assert_same(one: list[Any], other: list[Any]) -> None:
     for first, second in zip(one, other, strict=True):
         if isinstance(first, Tensor):
             assert first.dtype == second.dtype
-            assert first.equal(second)
+            one_bytes, other_bytes = (tensor.reshape(-1).view(torch.uint8) for tensor in (first, second))
+            assert one_bytes.equal(other_bytes)  # for codes under another type can look like NaN
         else:
             assert first is second
 
@@ -261,8 +262,9 @@ def test_after_bitsandbytes_has_repacked_the_weight(method: str, quant_type: str
     model, adapter = adapted(layer, method)
     model(x)
     got = model(x)
-    assert layer.weight.quant_state.packing_format_for_cpu
-    assert not layer.weight.data.reshape(-1).equal(codes.reshape(-1)), "the codes must have moved"
+    if moment == "before the adapter":
+        assert layer.weight.quant_state.packing_format_for_cpu
+        assert not layer.weight.data.reshape(-1).equal(codes.reshape(-1)), "the codes must have moved"
     assert error(got, dense(layer, effective(adapter, weight), x)) < 0.01
 
     seen = adapter.sites[0].weight()
@@ -287,16 +289,20 @@ def test_after_bitsandbytes_has_repacked_the_weight(method: str, quant_type: str
 def test_loading_an_adapter_leaves_a_repacked_weight_alone(double: bool, tmp_path: Path) -> None:
     """bitsandbytes' own way back, which its state_dict takes, leaves single scales transposed."""
     model, adapter = adapted(four_bit(compress_statistics=double))
-    model.eval()
-    want = model(inputs(model[0]))
-    before = stored(model[0])
     adapter.save(tmp_path)
     adapter.detach()
+    x = inputs(model.eval()[0])
+    want = model(x)
+    assert model[0].weight.quant_state.packing_format_for_cpu
+    before = stored(model[0])
     loaded = tg.load(model, tmp_path)
-    assert_same(stored(model[0]), before)
-    assert model(inputs(model[0])).equal(want)
+    assert_same(stored(model[0])[1:], before[1:])
+    unmerged = model(x)
     loaded.merge()
-    assert error(model(inputs(model[0])), want) < 0.01
+    assert error(model(x), unmerged) < 0.01
+    loaded.detach()
+    assert_same(stored(model[0]), before)
+    assert model(x).equal(want)
 
 
 @repacks
@@ -309,11 +315,12 @@ def test_the_eval_forward_that_repacks_computes_what_the_next_ones_do(method: st
 
 
 @repacks
-def test_training_goes_on_rightly_after_an_eval_forward() -> None:
+@pytest.mark.parametrize("targets", [["0"], ["0", "1"]], ids=["an adapter before it", "and on it"])
+def test_training_goes_on_rightly_after_an_eval_forward(targets: list[str]) -> None:
     model, x = nn.Sequential(nn.Linear(32, 128), four_bit(bias=False)), torch.randn(3, 32)
     weight = decoded(model[1])
-    adapter = tg.apply(model, "lora", ["0"], rank=RANK, alpha=ALPHA)
-    perturb_(adapter.parameters())
+    adapter = tg.apply(model, "lora", targets, rank=RANK, alpha=ALPHA)
+    perturb_(adapter.parts["0"].parameters())
     with torch.no_grad():
         model.eval()(x)
     model.train()(x).sum().backward()

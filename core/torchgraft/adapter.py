@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchgraft import graft, module_merge
+from torchgraft import bnb_kinds, graft, module_merge
 from torchgraft.config import Config
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning
 from torchgraft.graft import Part, SitePart, TrainedCopy
@@ -37,6 +37,8 @@ class Attached:
     """What was trainable before the first adapter, and will be again after the last."""
     nested: list[nn.TransformerEncoder] = field(default_factory=list)
     """The encoders that used nested tensors, and will again."""
+    repacking: list[nn.Module] = field(default_factory=list)
+    """The 4-bit layers that could be repacked in eval, and will be again."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,7 @@ class Adapter:
                 parameter.requires_grad_(True)
             for encoder in attached.nested:
                 encoder.use_nested_tensor = True
+            bnb_kinds.let_repack(attached.repacking)
             delattr(self.model, STATE)
 
     def save(self, directory: str | PathLike[str]) -> None:

@@ -48,18 +48,31 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
 
 
 def warn_of_other_weights(files: AdapterFiles, sites: Iterable[Site]) -> None:
-    """Say where an adapter that was trained on quantised weights meets other ones."""
-    recorded = {site["name"]: site["quantization"] for site in files.native.get("sites", []) if site.get("quantization")}
-    other = [site for site in sites if site.name in recorded and site.quantization != recorded[site.name]]
-    if other:
-        name, now = other[0].name, other[0].quantization or other[0].dtype
-        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-        warnings.warn(
-            f"{name}{more}: the adapter was trained on quantized weights, {recorded[name]}, and here they are {now}: its effect will "
-            "not be quite the same",
-            TorchgraftWarning,
-            stacklevel=3,
+    """Say where an adapter that was trained on quantised weights, or over other adapters, meets other weights."""
+    recorded = {site["name"]: site for site in files.native.get("sites", [])}
+    quantized, alone = [], []
+    for site in sites:
+        record = recorded.get(site.name, {})
+        if record.get("quantization", site.quantization) != site.quantization:
+            quantized.append(site)
+        if record.get("beneath") and not (site.beneath and site.beneath.names()):
+            alone.append(site)
+    if quantized:
+        was, now = recorded[quantized[0].name]["quantization"], quantized[0].quantization or quantized[0].dtype
+        _warn(
+            quantized,
+            f"the adapter was trained on quantized weights, {was}, and here they are {now}: its effect will not be quite the same",
         )
+    if alone:
+        names = ", ".join(recorded[alone[0].name]["beneath"])
+        _warn(
+            alone, f"the adapter was trained over {names}, and depends on it: that must be in the weights or on the layer before this one"
+        )
+
+
+def _warn(sites: list[Site], text: str) -> None:
+    more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+    warnings.warn(f"{sites[0].name}{more}: {text}", TorchgraftWarning, stacklevel=4)
 
 
 def read_tensors(pairing: Pairing) -> dict[str, Tensor]:

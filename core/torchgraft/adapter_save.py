@@ -14,7 +14,8 @@ from torchgraft import peft_names
 from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS, meaning
 from torchgraft.config import Config
 from torchgraft.errors import FileFormatError
-from torchgraft.fingerprint import frozen_fingerprint
+from torchgraft.fingerprint import frozen_fingerprint, of_site
+from torchgraft.graft import SitePart
 from torchgraft.manager import registry
 from torchgraft.method import Method
 from torchgraft.output import json_bytes, replace_file
@@ -32,7 +33,9 @@ class SavedSite:
     config: Config
     params: Mapping[str, Tensor]
     fingerprint: str
-    """Of the frozen weight."""
+    """Of the weight that the adapter is for; empty if it is not known."""
+    beneath: Sequence[str] = ()
+    """The adapters that a method which depends on the weight was trained over."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
     contents = Contents(
         method=registry().method(adapter.method),
         config=adapter.config,
-        sites=[SavedSite(part.site, part.config, part.tensors(), frozen_fingerprint(part.site)) for part in adapter.parts.values()],
+        sites=[_saved(part) for part in adapter.parts.values()],
         trained={name: copy.module.state_dict() for name, copy in adapter.copies.items()},
         also_train=adapter.plan.trained,
         also_saved={name: own_state(adapter.model.get_submodule(name)) for name in also_saved(adapter.plan.trained, modules)},
@@ -73,6 +76,17 @@ def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
         state=adapter.state,
     )
     write(contents, Path(directory))
+
+
+def _saved(part: SitePart) -> SavedSite:
+    site, beneath = part.site, [] if part.hooks.method.additive or part.site.beneath is None else part.site.beneath.names()
+    if part.undo is not None:
+        known = part.undo.fingerprint
+    elif part.hooks.method.additive:
+        known = frozen_fingerprint(site)
+    else:  # of a weight with adapters in it that are not merged, the last bits are those of the arithmetic here
+        known = "" if beneath else of_site(site)
+    return SavedSite(site, part.config, part.tensors(), known, beneath)
 
 
 def also_saved(also_train: Sequence[str], modules: Sequence[str]) -> list[str]:
@@ -168,5 +182,6 @@ def _site_record(saved: SavedSite, default: Config) -> dict[str, Any]:
         "groups": saved.site.groups,
         "config": {key: value for key, value in own.items() if value != common[key]},
         "fingerprint": saved.fingerprint,
+        **({"beneath": list(saved.beneath)} if saved.beneath else {}),
         **({"quantization": dict(saved.site.quantization)} if saved.site.quantization else {}),
     }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft import fused, graft
+from torchgraft import bnb_kinds, fused, graft
 from torchgraft.adapter import Adapter, adapters, attached_to
 from torchgraft.config import Config, parse_config
 from torchgraft.errors import AttachError
@@ -87,6 +87,7 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         module = model.get_submodule(trained)
         graft.check_can_attach(name, trained, module)
         fused.check_forward_runs(model, trained)
+        _check_trainable(trained, module)
         if all(copy.original is not module for copy in adapter.copies.values()):  # one module under two names is one
             adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
     _check_clashes(adapter)
@@ -97,6 +98,7 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.requires_grad_(False)
         attached.nested = fused.stop_nesting(model)
+        attached.repacking = bnb_kinds.stop_repacking(model)
     in_fused_layers = fused.modules_in_fused_layers(model)
     for module, part in adapter.by_module().values():
         graft.attach(module, name, part, needs_hook=module in in_fused_layers)
@@ -173,6 +175,18 @@ def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
         else:
             found.append(name)
     return found
+
+
+def _check_trainable(name: str, module: nn.Module) -> None:
+    """
+    Raises:
+        AttachError: a weight in the module is quantised, and codes have no gradient.
+    """
+    for child_name, child in module.named_modules():
+        kind, _ = kind_of(child, registry().kinds())
+        if kind is not None and kind.quantized:
+            where = f"{name}.{child_name}" if child_name else name
+            raise AttachError(f"{where}: its weight is quantized, so it cannot be trained whole; put an adapter on it instead")
 
 
 def _trainable_copy(module: nn.Module) -> nn.Module:

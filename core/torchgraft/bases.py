@@ -72,15 +72,14 @@ def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None =
 
 
 def base_of_module(model: nn.Module) -> Base:
-    from torchgraft.module_layers import layers_of_module, own_state
+    from torchgraft.module_layers import layers_of_module, own_shapes
 
     layers = by_name(layers_of_module(model, registry().kinds()))
-    shapes = {name: tuple(tensor.shape) for name, tensor in own_state(model).items()}
 
     def sample(name: str) -> str:
         return fingerprint.of_site(site_of(layers[name], model.get_submodule(name)))
 
-    return Base(type(model).__name__, layers, shapes, sample, is_module=True)
+    return Base(type(model).__name__, layers, own_shapes(model), sample, is_module=True)
 
 
 def owner_of(tensor: str, layers: Mapping[str, Layer]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
+from collections.abc import Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ from torchgraft.kinds import Kind, Linear, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
+
+REPACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes' own flag: whether a layer repacks its weight in an eval forward."""
 
 
 class Quantized(Linear):
@@ -30,8 +34,11 @@ class Quantized(Linear):
         return (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
 
     def weight_of(self, module: nn.Module) -> Tensor:
-        weight: Tensor = module.weight.detach()  # type: ignore[operator]
-        return weight if weight.is_floating_point() else self.dequantized(module)  # while merged, the layer is dense
+        base = self.module_class()
+        if base is not None and isinstance(module, base):
+            return self.dequantized(module)
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]  # while merged, the layer is dense
+        return weight
 
     @abstractmethod
     def dequantized(self, module: nn.Module) -> Tensor:
@@ -60,9 +67,9 @@ class Linear4bit(Quantized):
         packed, state = module.weight.data, _state(module)
         if getattr(state, "packing_format_for_cpu", False):
             packed, state = _unpacked(packed, state)  # type: ignore[arg-type]
-        weight = bnb.dequantize_4bit(packed, state).reshape(state.shape)  # type: ignore[arg-type]
-        compute = module.compute_dtype or torch.float32  # none is chosen before the first forward
-        return weight.to(torch.promote_types(weight.dtype, compute))  # type: ignore[arg-type]
+        wide = copy(state)  # the layer dequantises to what it computes in, without a stop at the type that it was quantised from
+        wide.dtype = torch.promote_types(state.dtype, module.compute_dtype or torch.float32)  # type: ignore[arg-type]
+        return bnb.dequantize_4bit(packed, wide).reshape(state.shape)  # type: ignore[arg-type]
 
     def quantization(self, module: nn.Module) -> dict[str, Any]:
         state = _state(module)
@@ -97,6 +104,19 @@ class Linear8bitLt(Quantized):
 
 
 KINDS: tuple[Kind, ...] = (Linear4bit(), Linear8bitLt())
+
+
+def stop_repacking(model: nn.Module) -> list[nn.Module]:
+    """Keep 4-bit layers from being repacked in eval: that rounds their scales, and has no backward. Returns those it would happen to."""
+    found = [module for module in model.modules() if module.__dict__.get(REPACKS)]
+    for module in found:
+        setattr(module, REPACKS, False)
+    return found
+
+
+def let_repack(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        setattr(module, REPACKS, True)
 
 
 def _state(module: nn.Module) -> Any:

@@ -56,6 +56,11 @@ class Stack:
             weight = part.hooks.merge(part.config, widened(part.tensors(), weight), weight)
         return weight
 
+    def names(self) -> list[str]:
+        """Of the adapters."""
+        found = self._parts()
+        return [name for name, part in _container(self.module).items() if part in found] if found else []
+
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self._parts() for tensor in part.tensors().values()]
 

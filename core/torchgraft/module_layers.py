@@ -37,6 +37,17 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk("", model)
 
 
+def own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of `own_state`, without asking modules for it: bitsandbytes repacks its weights when asked."""
+    shapes = {}
+    for name, module in named_base_modules(model):
+        kept = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None:
+                shapes[f"{name}.{key}" if name else key] = tuple(tensor.shape)
+    return shapes
+
+
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's `state_dict` without what adapters have added."""
     added = [

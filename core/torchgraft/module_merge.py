@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchgraft.dequantized import Dequantized
 from torchgraft.errors import MergeError
 from torchgraft.exact import BITS, Undo, correct, digest, make_correction
-from torchgraft.fingerprint import frozen_fingerprint
+from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
 from torchgraft.module_layers import own_state
 from torchgraft.weights import merged_weight, nearly_unmerged, rounded, undo_tensors
@@ -101,16 +101,17 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
         snapshot=_snapshot(params),
         merged={"weight": digest(merged)},
         depth=_merges_on(module),
-        fingerprint=frozen_fingerprint(part.site),
+        fingerprint=frozen_fingerprint(part.site) if part.hooks.method.additive else of_site(part.site),
     )
-    if module.weight.is_floating_point():  # type: ignore[operator]
+    if kind.quantized and not isinstance(module, Dequantized):
+        # Codes have no room for the result: the layer is dense until it is unmerged.
+        undo = replace(undo, form=form_of(module))
+        become(module, form_of(Dequantized(merged, module.bias)))  # type: ignore[arg-type]
+    else:
         needed = undo_tensors(part.hooks, kind, part.config, params, original)
         nearly = nearly_unmerged(part.hooks, kind, part.config, params | needed, merged)
         undo = replace(undo, corrections={"weight": make_correction(original, nearly, needed)})
         _write({"weight": module.weight}, {"weight": merged})  # type: ignore[dict-item]
-    else:  # codes have no room for the result: the layer is dense until it is unmerged
-        undo = replace(undo, form=form_of(module))
-        become(module, form_of(Dequantized(merged, module.bias)))  # type: ignore[arg-type]
     part.undo = undo
 
 

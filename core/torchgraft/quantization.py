@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torchgraft.errors import ConfigError
+
 BITS_OF_SCALES = {True: 8 + 32 / 256, False: 32}
 """Bits for each block's scale: with double quantisation 8, and a float32 for each 256 of them."""
+
+ALLOWED = {
+    "type": ("nf4", "fp4"),
+    "block_size": (32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "compute_dtype": ("bfloat16", "float16", "float32"),
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,11 @@ class Quantization:
     block_size: int = 64
     compute_dtype: str = "bfloat16"
     """What weights are dequantised to in forward."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"quantization: {name} = {getattr(self, name)!r}; it can be {', '.join(map(str, allowed))}")
 
     @property
     def bits(self) -> float:

@@ -6,7 +6,8 @@ are quantised, and how. The weights in 16 bits are never in memory together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ import torch
 from torch import nn
 
 from torchgraft import fingerprint
-from torchgraft.checkpoint import locate
+from torchgraft.checkpoint import locate, read_json
 from torchgraft.errors import AttachError, FileFormatError
+from torchgraft.layers import Layer
 from torchgraft.planning import plan
 from torchgraft.quantization import Quantization
 from torchgraft.quantizing import blank_linear, set_weight
@@ -55,7 +57,8 @@ def load_quantized(
         options: for `from_pretrained`; `dtype` is that of the layers that are not quantised.
 
     Raises:
-        FileFormatError: there is no such checkpoint, or it does not say what to build.
+        FileFormatError: there is no such checkpoint, it does not say what to build, or it is quantised already.
+        ConfigError: an option has a value that bitsandbytes does not know.
         SelectionError: a pattern is malformed or matches nothing.
         AttachError: a selected layer cannot be quantised.
     """
@@ -65,15 +68,31 @@ def load_quantized(
         raise FileFormatError("tg.load_quantized builds the model with transformers; install torchgraft[hf]") from None
     how = Quantization(quant_type, double_quant, block_size, compute_dtype)  # type: ignore[arg-type]
     root = locate(source)
+    _check_config(root)
     cls = model_class or _class_of(root)
     _register()
     config = _config(transformers.BitsAndBytesConfig, how, targets, layers)
     model: PreTrainedModel = cls.from_pretrained(
         str(root), quantization_config=config, device_map={"": device or "cpu"}, **{"dtype": "auto", **options}
     )
+    _quantize_the_rest(model, how)
     quantized = [name for name, module in model.named_modules() if fingerprint.SOURCE in module.__dict__]
     _present_as_bitsandbytes(model, how, quantized)
     return model
+
+
+def _check_config(root: Path) -> None:
+    if not (root / "config.json").is_file():
+        raise FileFormatError(f"{root}: no config.json that says what to build; build the model yourself, then tg.apply(model, 'qlora')")
+    if read_json(root / "config.json").get("quantization_config"):
+        raise FileFormatError(f"{root}: its weights are quantized already; load it with transformers and put adapters on that")
+
+
+def _quantize_the_rest(model: PreTrainedModel, how: Quantization) -> None:
+    """Layers that are not in the files, such as a new head: transformers has given them their initial values."""
+    for module in model.modules():
+        if getattr(module, "quant_state", module) is None:
+            set_weight(module, module.weight.data, how)  # type: ignore[arg-type]
 
 
 def _class_of(root: Path) -> Any:
@@ -120,6 +139,7 @@ def _register() -> None:
                 set_weight(layer, value[0] if isinstance(value, list) else value, self.how)
                 layer._is_hf_initialized = True
                 result[name] = layer.weight
+                _release()
             return result
 
     @register_quantizer(NAME)
@@ -130,10 +150,11 @@ def _register() -> None:
 
         def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any = None, **_: Any) -> None:
             how, targets, layers = self.quantization_config.torchgraft
+            tied = model.all_tied_weights_keys
             for layer in plan(model, targets, layers).sites:
-                if layer.kind != "Linear":
-                    raise AttachError(f"{layer.name}: a {layer.kind} cannot be quantized, only a Linear; exclude it: '!{layer.name}'")
                 old: Any = model.get_submodule(layer.name)
+                if reason := _unfit(layer, {**tied, **{value: key for key, value in tied.items()}}):
+                    raise AttachError(f"{layer.name}: {reason}; exclude it: '!{layer.name}'")
                 new = blank_linear(old.in_features, old.out_features, old.bias is not None, how)
                 if new.bias is not None:
                     new.bias = nn.Parameter(new.bias.to(old.bias.dtype), requires_grad=False)
@@ -141,6 +162,22 @@ def _register() -> None:
 
         def get_quantize_ops(self) -> Quantize:
             return Quantize(self.quantization_config.torchgraft[0])
+
+
+def _unfit(layer: Layer, tied: Mapping[str, str]) -> str:
+    """Why a layer cannot be quantised."""
+    if layer.kind != "Linear":
+        return f"only a Linear can be quantized, and its kind is {layer.kind}"
+    if layer.dtype == "float64":
+        return "bitsandbytes does not quantize float64 (dtype=torch.bfloat16 converts it)"
+    other = tied.get(f"{layer.name}.weight", "")
+    return f"its weight is also {other}" if other else ""
+
+
+def _release() -> None:
+    """Give freed memory back: glibc keeps the holes that quantising leaves, several times what the model takes."""
+    if hasattr(ctypes.pythonapi, "malloc_trim"):
+        ctypes.pythonapi.malloc_trim(0)
 
 
 def _present_as_bitsandbytes(model: PreTrainedModel, how: Quantization, quantized: list[str]) -> None:

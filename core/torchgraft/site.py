@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchgraft.errors import AttachError
@@ -21,6 +22,9 @@ class Beneath(Protocol):
 
     def tensors(self) -> list[Tensor]:
         """All of theirs."""
+
+    def names(self) -> list[str]:
+        """Of the adapters, in their order."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ class Site:
     def cached(self, key: str, inputs: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives, computed anew only after one of `inputs` was replaced or changed in place.
 
-        While one of them is trained it is computed anew each time: some optimizers write past torch's count of changes.
-        Without gradients, a change through `tensor.data` goes unseen.
+        While one of them is trained it is computed anew each time, and each step of an optimizer counts as a change: some write
+        past torch's own count. A change through `tensor.data` by hand goes unseen.
         """
         import torch
 
@@ -100,7 +104,7 @@ class Site:
         if trained or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in inputs):
             self.memo.pop(key, None)
             return compute()
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in inputs]
+        versions = [(tensor._version, tensor.data_ptr(), _steps() if tensor.requires_grad else 0) for tensor in inputs]
         kept = self.memo.get(key)
         if kept is None or kept[1] != versions or any(old is not new for old, new in zip(kept[0], inputs, strict=True)):
             kept = self.memo[key] = (list(inputs), versions, compute())
@@ -130,6 +134,24 @@ class Site:
         if self.module is None:
             raise AttachError(f"{self.name}: there is no layer to run, only its weight in a file")
         return self.module
+
+
+@cache
+def _step_counter() -> list[int]:
+    """How many steps all optimizers have made since this was first called."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    counter = [0]
+
+    def count(*_: Any) -> None:
+        counter[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return counter
+
+
+def _steps() -> int:
+    return _step_counter()[0]
 
 
 def to_canonical(kind: Kind, stored: Tensor) -> Tensor:

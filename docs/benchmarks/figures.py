@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from summary import WINDOW, Runs, deviation, smooth
 
 mpl.use("Agg")
 mpl.rcParams.update({"svg.hashsalt": "torchgraft", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-Runs = dict[str, list[dict[str, Any]]]
 
 
-def curves(runs: Runs, smooth: Callable[[Sequence[float]], list[float]], path: Path) -> None:
+def curves(runs: Runs, path: Path) -> None:
     """Training loss against steps, and accuracy with its spread."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
     colours = dict(zip(runs, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     for row, results in runs.items():
         curve = np.mean([smooth(run["losses"]) for run in results], axis=0)
         left.plot(range(1, len(curve) + 1), curve, label=row, color=colours[row], linewidth=1.6)
-    left.set(xlabel="step", ylabel="training loss, mean of the last 20 steps", title="Learning")
+    left.set(xlabel="step", ylabel=f"training loss, mean of the last {WINDOW} steps", title="Learning")
     left.legend(frameon=False, fontsize=8)
     for place, (row, results) in enumerate(runs.items()):
         values = [100 * run["accuracy"] for run in results]
-        right.errorbar(mean(values), place, xerr=stdev(values), fmt="o", color=colours[row], capsize=3)
+        right.errorbar(mean(values), place, xerr=deviation(values), fmt="o", color=colours[row], capsize=3)
         right.plot(values, [place] * len(values), "|", color=colours[row], alpha=0.6)
     right.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel="held-out accuracy, %", title="Accuracy, mean ± std and each seed")
     right.invert_yaxis()

@@ -82,8 +82,8 @@ def adapter_forward(
     site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
 ) -> Tensor:
     a, b = tg.factors(params)
+    h = base(x)  # before the norm: bitsandbytes may repack a 4-bit weight in its forward, and round it
     g = site.broadcast(_gain(site, config, params))
-    h = base(x)
     dropped = site.dropout(x, config.dropout)
     plain = h if dropped is x else base(dropped)
     if site.bias is not None:
@@ -96,13 +96,13 @@ def adapter_forward(
 @hookimpl
 def adapter_merge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     v = _direction(config, params, weight, rows)
-    return _ratio(params["m"][rows], v.norm(dim=1))[:, None] * v
+    return _ratio(params["m"][rows], _squared_norm(v).sqrt())[:, None] * v
 
 
 @hookimpl
 def adapter_undo(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
     """‖V‖: it was divided by, and W' does not tell it."""
-    return {"norm": _direction(config, params, weight, slice(None)).norm(dim=1)}
+    return {"norm": _squared_norm(_direction(config, params, weight, slice(None))).sqrt()}
 
 
 @hookimpl
@@ -139,6 +139,7 @@ def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor])
 
 
 def _squared_norm(weight: Tensor) -> Tensor:
+    """By row; m starts as the root of it, and every other norm is taken in the same way, so that m / ‖V‖ starts at 1 to the last bit."""
     return weight.square().sum(1)
 
 
