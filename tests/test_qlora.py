@@ -258,7 +258,7 @@ def test_an_adapter_on_another_base_is_refused(make: Callable[..., nn.Module], t
 
 def test_weights_in_other_codes_are_told(tmp_path: Path) -> None:
     saved(tmp_path)
-    with pytest.warns(tg.TorchgraftWarning, match=r"attn\.q_proj and 1 more: the adapter was trained on quantized weights.*fp4"):
+    with pytest.warns(tg.TorchgraftWarning, match=r"attn\.q_proj and 1 more: it was trained on quantized weights.*fp4"):
         tg.load(quantised(quant_type="fp4"), tmp_path)
 
 

@@ -61,13 +61,11 @@ def warn_of_other_weights(files: AdapterFiles, sites: Iterable[Site]) -> None:
         was, now = recorded[quantized[0].name]["quantization"], quantized[0].quantization or quantized[0].dtype
         _warn(
             quantized,
-            f"the adapter was trained on quantized weights, {was}, and here they are {now}: its effect will not be quite the same",
+            f"it was trained on quantized weights, {was}, and here they are {now}: its effect will not be quite the same",
         )
     if alone:
         names = ", ".join(recorded[alone[0].name]["beneath"])
-        _warn(
-            alone, f"the adapter was trained over {names}, and depends on it: that must be in the weights or on the layer before this one"
-        )
+        _warn(alone, f"it was trained over {names}, and depends on that: it must be in the weights or on the layer before")
 
 
 def _warn(sites: list[Site], text: str) -> None:
