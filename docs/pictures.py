@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from torchgraft_cli.commands.inspect import show_selection
+from torchgraft_cli.commands.inspect import show_memory, show_selection
 from torchgraft_cli.options import choose
 
 HERE = Path(__file__).parent
@@ -25,6 +25,7 @@ def main() -> None:
     inspect.print(f"[bold]$ adapt {' '.join(command)}[/]")
     chosen = choose(str(RUN / "encoder"), "lora", ("@linear",), None, (), False, (), "8", None, (), ())
     show_selection(chosen, out=inspect)
+    show_memory(chosen, out=inspect)
     save(inspect, "inspect.svg", "adapt inspect")
 
     closing = recorder(width=80)

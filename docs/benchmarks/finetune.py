@@ -44,7 +44,7 @@ RUNS: dict[str, tuple[str, dict[str, Any], float]] = {
     "loraplus, A fast": ("loraplus", {"lr_scale_a": 16.0, "lr_scale_b": 1.0}, 5e-4),
     "lora, same base rate": ("lora", {}, 5e-4),
     "adalora, energy": ("adalora", {"epsilon": 0.02, "interval": 20, "max_rank": 8}, 2e-3),
-    "adalora, budget": ("adalora", ADALORA_BUDGET, 2e-3),
+    "adalora, budget": ("adalora", ADALORA_BUDGET, 2e-2),
     "qlora": ("qlora", {}, 2e-3),
     "dora": ("dora", {}, 2e-3),
 }

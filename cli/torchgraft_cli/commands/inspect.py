@@ -59,11 +59,11 @@ def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, *
     out.print(f"\n{len(found.layers)} modules, {found.total_params:,} parameters, {size(sum(layer.bytes for layer in found.layers))}")
 
 
-def show_memory(chosen: Chosen) -> None:
-    """What training takes with each method on the same layers."""
+def show_memory(chosen: Chosen, out: Console | None = None) -> None:
+    """What training takes with each method on the same layers; on stdout, or on `out`."""
     from torchgraft_cli.render import console, memory_table
 
-    out = console()
+    out = out or console()
     out.print("\nmemory that training takes (Adam; activations come on top):")
     out.print(memory_table(_memory(chosen), chosen.hooks.method.name))
 
