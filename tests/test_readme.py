@@ -24,5 +24,5 @@ def test_the_example_runs_and_prints_what_its_comment_says(
 
 def test_every_command_of_the_table_exists(adapt) -> None:
     commands = set(re.findall(r"^\| `adapt (\w+)", README, re.MULTILINE))
-    assert commands == {"inspect", "plugins", "apply", "check", "merge", "unmerge"}
+    assert commands == {"inspect", "plugins", "apply", "check", "merge", "unmerge", "export"}
     assert all(adapt(command, "--help").code == 0 for command in commands)

@@ -23,7 +23,7 @@ def curves(runs: Runs, path: Path) -> None:
         curve = np.mean([smooth(run["losses"]) for run in results], axis=0)
         left.plot(range(1, len(curve) + 1), curve, label=row, color=colours[row], linewidth=1.6)
     left.set(xlabel="step", ylabel=f"training loss, mean of the last {WINDOW} steps", title="Learning")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=2)
     for place, (row, results) in enumerate(runs.items()):
         values = [100 * run["accuracy"] for run in results]
         right.errorbar(mean(values), place, xerr=deviation(values), fmt="o", color=colours[row], capsize=3)
