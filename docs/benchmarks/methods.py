@@ -25,7 +25,12 @@ from rich.progress import track
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 SWEEP_SEED, SWEEP_STEPS, FEW = 99, 50, 100
-SWEEP = {FULL: (1e-4, 2e-4, 4e-4), "lora": (1e-3, 2e-3, 4e-3), "loraplus": (2.5e-4, 5e-4, 1e-3), "adalora, budget": (2e-3, 5e-3, 1e-2, 2e-2)}
+SWEEP = {
+    FULL: (1e-4, 2e-4, 4e-4),
+    "lora": (1e-3, 2e-3, 4e-3),
+    "loraplus": (2.5e-4, 5e-4, 1e-3),
+    "adalora, budget": (2e-3, 5e-3, 1e-2, 2e-2),
+}
 """The base rates that are tried on a seed of their own, for each family."""
 QUICK_STEPS, QUICK_SEEDS = 12, 2
 Result = dict[str, Any]
