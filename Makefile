@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two processes of one thread each: more threads than cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: demo test test-all lint wheel docs bench-methods clean
 
@@ -9,10 +11,10 @@ demo: .venv/demo
 	$(BIN)/python docs/demo/demo.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
