@@ -110,7 +110,7 @@ def test_dora_is_exported_to_peft_and_refused_as_lora(base: Path, tmp_path: Path
     want = adapter_of(base, tmp_path / "adapter", "dora")
     assert adapt("export", tmp_path / "adapter", "--to", "peft", "-o", tmp_path / "peft").code == 0
     assert_same(in_peft(base, tmp_path / "peft"), want)
-    for more in ([], ["--rank", 4], ["--base", base]):
+    for more in ([], ["--base", base]):
         result = adapt("export", tmp_path / "adapter", "--to", "lora", "-o", tmp_path / "lora", *more)
         assert (result.code, result.out) == (2, "")
         assert "the change that dora makes depends on the weight" in result.err
@@ -155,6 +155,8 @@ def test_what_peft_wrote_needs_its_base(base: Path, tmp_path: Path, adapt: Adapt
 
 MISTAKES: dict[str, tuple[list[object], str]] = {
     "a rank for what is a LoRA": (["--to", "lora", "--rank", "2", "--base", "BASE"], "leave out the rank"),
+    "a rank without a base": (["--to", "lora", "--rank", "2"], "needs its base"),
+    "a rank for PEFT's own type": (["--to", "peft", "--rank", "2", "--base", "BASE"], "a rank is for the nearest LoRA"),
     "another format": (["--to", "kohya"], "kohya"),
     "no format": ([], "--to"),
     "a rank of 0": (["--to", "lora", "--rank", "0"], "0"),

@@ -82,3 +82,28 @@ def test_both_are_merged_into_files_one_after_the_other(tmp_path: Path) -> None:
 
     merged = load_file(tmp_path / "second" / "model.safetensors")
     torch.testing.assert_close(X @ merged["q_proj.weight"].T + merged["q_proj.bias"], want)
+
+
+def test_what_lies_under_a_merged_adapter_cannot_be_switched() -> None:
+    model = base()
+    lower, upper = (tg.apply(model, method, ["0"], name=method, rank=2) for method in ("lora", "dora"))
+    perturb_([*lower.parameters(), *upper.parameters()])
+    lower.active = False
+    upper.merge()
+    with pytest.raises(tg.MergeError, match="attached after 'lora' is merged, and the two depend on their order"):
+        lower.active = True
+    upper.unmerge()
+    lower.active = True
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_merge_within_autocast_is_as_exact_as_without(method: str) -> None:
+    model = base()
+    adapter = tg.apply(model, method, ["0"], rank=2)
+    perturb_(adapter.parameters())
+    want, before = model(X), model[0].weight.detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter.merge()
+    torch.testing.assert_close(model(X), want)
+    adapter.unmerge()
+    assert model[0].weight.equal(before)

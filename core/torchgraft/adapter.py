@@ -22,7 +22,7 @@ from torchgraft.manager import MethodHooks, registry
 from torchgraft.module_layers import layers_of_module
 from torchgraft.optimizers import make_optimizer
 from torchgraft.planning import Plan
-from torchgraft.resizing import Resize, check_resizable, resize_
+from torchgraft.resizing import Resize, check_change, check_resizable, resize_
 from torchgraft.selection import near
 from torchgraft.site import Site
 
@@ -138,7 +138,7 @@ class Adapter:
             raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
         if not self.hooks.has("adapter_step"):
             return
-        check_resizable(optimizer, self.parameters())
+        check_resizable(optimizer, self._site_parameters())
         self._stepped = True
         self.hooks.step(adapter=self, optimizer=optimizer, step=step, metrics=metrics or {})
 
@@ -147,17 +147,30 @@ class Adapter:
 
         The parameters stay the same objects, so optimizers and schedules go on with them.
         """
-        check_resizable(optimizer, self.parameters())
+        if self.merged:
+            raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
+        check_resizable(optimizer, self._site_parameters())
+        for name, change in sites.items():
+            check_change(name, self.parts[name], change)
+        if sites and torch.distributed.is_available() and torch.distributed.is_initialized():
+            text = "ranks changed: DistributedDataParallel no longer averages these gradients; wrap the model in it again"
+            warnings.warn(text, TorchgraftWarning, stacklevel=4)
         for name, change in sites.items():
             part = self.parts[name]
             for key, value in change.tensors.items():
                 resize_(part._parameters[key], value, optimizer, change.carry[key])  # type: ignore[arg-type]
             part.config = change.config
+            part.site.memo.clear()
+
+    def _site_parameters(self) -> list[nn.Parameter]:
+        """Without those of modules that are trained whole: they keep their shapes."""
+        return [parameter for part in self.parts.values() for parameter in part.parameters()]
 
     def watch(self) -> None:
         """Count backward passes, to find out if a method that needs `step` is trained without it."""
-        if self.hooks.has("adapter_step"):
-            self.parameters()[0].register_post_accumulate_grad_hook(self._count_backward)  # type: ignore[no-untyped-call]
+        first = next((parameter for parameter in self.parameters() if parameter.requires_grad), None)
+        if first is not None and self.hooks.has("adapter_step"):
+            first.register_post_accumulate_grad_hook(self._count_backward)  # type: ignore[no-untyped-call]
 
     def _count_backward(self, parameter: Tensor) -> None:
         self._backwards += 1
@@ -190,6 +203,7 @@ class Adapter:
         self._check_attached()
         if self.merged:
             raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
+        module_merge.check_switchable(self.name, self.by_module())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -167,7 +167,9 @@ def _write_undo(merge: Merge, directory: Path, corrections: dict[str, exact.Corr
     sparse = {name: correction for name, correction in corrections.items() if name in merge.sites}
     tensors = {f"{name}#index": correction.index for name, correction in sparse.items()}
     tensors |= {f"{name}#value": correction.value for name, correction in corrections.items()}
-    tensors |= {f"{name}#{key}": tensor.contiguous() for name, correction in sparse.items() for key, tensor in correction.needed.items()}
+    tensors |= {
+        f"{name}#needed.{key}": tensor.contiguous() for name, correction in sparse.items() for key, tensor in correction.needed.items()
+    }
     save_file(tensors, undo / CORRECTIONS, metadata={"format": "pt"})
     for relative in (RECORD, UNDO):  # of an earlier merge, which unmerging this one gives back
         earlier = merge.checkpoint.directory / relative

@@ -105,7 +105,8 @@ def _restored(merge: Merge, corrections: Mapping[str, Tensor], name: str, merged
     if name in merge.replaced:
         return value.reshape(merged.shape)
     correction = exact.Correction(corrections[f"{name}#index"], value, digest)
-    needed = {key.removeprefix(f"{name}#"): tensor for key, tensor in corrections.items() if key.startswith(f"{name}#")}
+    prefix = f"{name}#needed."
+    needed = {key.removeprefix(prefix): tensor for key, tensor in corrections.items() if key.startswith(prefix)}
     return exact.correct(merge.nearly_unmerged(name, merged, needed), correction, name)
 
 

@@ -88,7 +88,7 @@ def correct(nearly: Tensor, correction: Correction, where: str) -> Tensor:
         restored = (nearly.contiguous().view(bits).flatten() + correction.value.to(nearly.device, bits)).view(nearly.dtype)
     else:
         restored = nearly.flatten().clone()
-        restored[correction.index.long()] = correction.value
+        restored[correction.index.to(nearly.device, torch.int64)] = correction.value.to(nearly.device)
     restored = restored.reshape(nearly.shape)
     if digest(restored) != correction.digest:
         raise MergeError(

@@ -65,6 +65,8 @@ def export_adapter(
     """
     target = Path(output)
     refuse_existing(target)
+    if rank is not None and (to == "peft" or base is None):
+        raise ConfigError("a rank is for the nearest LoRA of a method that is none, and needs its base: --to lora --rank R --base MODEL")
     files = read_adapter(adapter)
     checkpoint = open_checkpoint(base) if base is not None else None
     known = base_of_checkpoint(checkpoint, kinds) if checkpoint is not None else _recorded_base(files)

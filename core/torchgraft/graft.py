@@ -20,7 +20,7 @@ from torchgraft.errors import AttachError
 from torchgraft.exact import Undo
 from torchgraft.manager import registry
 from torchgraft.site import Site
-from torchgraft.weights import widened
+from torchgraft.weights import exactly, widened
 
 CHILD = "adapters"
 
@@ -53,7 +53,8 @@ class Stack:
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
         for part in self._parts():
-            weight = part.hooks.merge(part.config, widened(part.tensors(), weight), weight)
+            with exactly(weight):
+                weight = part.hooks.merge(part.config, widened(part.tensors(), weight), weight)
         return weight
 
     def names(self) -> list[str]:

@@ -8,7 +8,6 @@ from math import prod
 
 from torchgraft.config import Config
 from torchgraft.dtypes import SIZES
-from torchgraft.errors import ConfigError
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.planning import Plan, site_of
@@ -73,14 +72,14 @@ def memory_of_methods(plan: Plan, chosen: MethodHooks, configs: Mapping[str, Con
             config = method.config(**{key: value for key, value in options.items() if key in method.config.model_fields})
             same = dict.fromkeys((site.name for site in plan.sites), config)
             found[method.name] = adapter_memory(plan, registry().hooks(method.name), same)
-        except (ValueError, ConfigError):
+        except Exception:  # noqa: BLE001  (a stranger's method that cannot tell its shapes must not take the others' estimates down)
             continue
     return found
 
 
 def _frozen_bytes(layer: Layer, config: Config | None) -> int:
     bits = config.weight_bits() if config is not None else None
-    if bits is None:
+    if bits is None or layer.kind is None or registry().kind(layer.kind).quantized:
         return layer.bytes
     weight = prod(layer.shape)
     return layer.bytes - weight * SIZES[layer.dtype] + round(weight * bits / 8)

@@ -87,6 +87,20 @@ def _check_order(name: str, module: nn.Module, part: Part) -> None:
         )
 
 
+def check_switchable(adapter: str, parts: Parts) -> None:
+    """
+    Raises:
+        MergeError: an adapter above is merged, and what it gave depends on this one being on or off.
+    """
+    for name, (module, part) in parts.items():
+        found = parts_of(module)
+        merged = [other for other in found[found.index(part) + 1 :] if other.undo is not None]
+        if merged and any(isinstance(other, SitePart) and not other.hooks.method.additive for other in (part, *merged)):
+            raise MergeError(
+                f"{name}: an adapter that was attached after {adapter!r} is merged, and the two depend on their order; unmerge that first"
+            )
+
+
 def _merge_part(name: str, module: nn.Module, part: Part) -> None:
     if isinstance(part, SitePart):
         _merge_site(name, module, part)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 
 from torchgraft.config import Config
 from torchgraft.errors import AttachError
+
+if TYPE_CHECKING:
+    from torchgraft.graft import SitePart
 
 Carry = Callable[[Tensor, int], Tensor]
 """(moment, power) → the moment of the resized parameter. power is 1 for means of gradients, 2 for means of their squares."""
@@ -30,8 +33,19 @@ class Resize:
     tensors: Mapping[str, Tensor]
     """All of the site's trained tensors whose shape or basis changes."""
     config: Config
-    carry: Mapping[str, Carry] = field(default_factory=dict)
+    carry: Mapping[str, Carry]
     """For each of `tensors`, how its moments follow."""
+
+
+def check_change(name: str, part: SitePart, change: Resize) -> None:
+    """
+    Raises:
+        AttachError: tensors and config do not fit each other, or a moment could not follow.
+    """
+    shapes = {key: tuple(change.tensors.get(key, tensor).shape) for key, tensor in part.tensors().items()}
+    expected = part.hooks.shapes(part.site, change.config)
+    if shapes != expected or not change.tensors.keys() <= change.carry.keys():
+        raise AttachError(f"{name}: {part.method} asked for tensors of shapes {shapes}, where its config says {expected}")
 
 
 def check_resizable(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -68,7 +82,7 @@ def _check_moment(optimizer: Optimizer, parameter: nn.Parameter, name: str, mome
 def resize_(parameter: nn.Parameter, value: Tensor, optimizer: Optimizer, carry: Carry) -> None:
     """Give `parameter` the content `value`, of any shape. It stays the same object; its gradient is dropped."""
     for name, moment in _moments(optimizer, parameter).items():
-        optimizer.state[parameter][name] = carry(moment, _power(optimizer, name)).to(moment.dtype).contiguous()
+        optimizer.state[parameter][name] = carry(moment.to(parameter.device), _power(optimizer, name)).to(moment.dtype).contiguous()
     parameter.grad = None
     # A graph that is still alive remembers the parameter's shape; only a change of dtype makes autograd forget it.
     parameter.data = parameter.data.new_empty(0, dtype=torch.float64 if parameter.dtype != torch.float64 else torch.float32)

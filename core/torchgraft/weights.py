@@ -44,12 +44,18 @@ def rounded(name: str, trained: Tensor, original: Tensor) -> Tensor:
 def undo_tensors(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> dict[str, Tensor]:
     """What the method needs to unmerge, beside its params and the merged weight."""
     weight = to_canonical(kind, stored)
-    return hooks.undo(config, widened(params, weight), weight)
+    with exactly(weight):
+        return hooks.undo(config, widened(params, weight), weight)
 
 
 def nearly_unmerged(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], merged: Tensor) -> Tensor:
     """What arithmetic makes of the original weight; `exact.correct` puts the rest right. `params` include `undo_tensors`."""
     return _through(hooks.unmerge, kind, config, params, merged)
+
+
+def exactly(tensor: Tensor) -> torch.autocast:
+    """A block in which an autocast that the caller is in does not narrow the arithmetic."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def widened(params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
@@ -60,7 +66,8 @@ def widened(params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def _through(hook: Callable[..., Tensor], kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
     weight = to_canonical(kind, stored)
-    return from_canonical(kind, hook(config, widened(params, weight), weight), like=stored)
+    with exactly(weight):
+        return from_canonical(kind, hook(config, widened(params, weight), weight), like=stored)
 
 
 def _culprit(params: Mapping[str, Tensor], stored: Tensor) -> str:

@@ -38,8 +38,11 @@ def budget_step(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
             f"the adapter {adapter.name!r} has no gradients, which adalora's budget needs; call adapter.step(optimizer, step=…) after "
             "loss.backward() and optimizer.step(), and before optimizer.zero_grad()"
         )
-    for part in adapter.parts.values():
-        _update_importance(state, part, config.beta1, config.beta2)
+    if all(
+        parameter.grad.isfinite().all() for part in adapter.parts.values() for parameter in part.parameters() if parameter.grad is not None
+    ):
+        for part in adapter.parts.values():  # not after a step that a GradScaler skipped
+            _update_importance(state, part, config.beta1, config.beta2)
     last = config.total_steps - config.final
     if step >= last or (step >= config.warmup and step % config.interval == 0):
         _allocate(adapter, optimizer, step)

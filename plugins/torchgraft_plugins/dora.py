@@ -126,16 +126,19 @@ def _direction(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: T
 def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
     """g = m / ‖V‖ (out,), with a gradient for m alone."""
     tensors = [*params.values(), *site.weight_tensors()]
-    return _ratio(params["m"], site.cached("norm", tensors, lambda: _norm(site, config, params)))
+    return _ratio(params["m"], site.cached(f"norm at {config.scale}", tensors, lambda: _norm(site, config, params)))
 
 
 def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
     """‖W₀ + s·B·A‖ by row, without building B·A."""
+    import torch
+
     a, b = (factor.detach() for factor in tg.factors(params))
     s, w = config.scale, site.weight()
-    a, b = a.to(w.dtype), b.to(w.dtype)
-    frozen = site.cached("squared norm", site.weight_tensors(), lambda: _squared_norm(w))
-    return (frozen + 2 * s * ((w @ a.T) * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
+    with torch.autocast(w.device.type, enabled=False):
+        a, b = a.to(w.dtype), b.to(w.dtype)
+        frozen = site.cached("squared norm", site.weight_tensors(), lambda: _squared_norm(w))
+        return (frozen + 2 * s * ((w @ a.T) * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
 
 
 def _squared_norm(weight: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def show(name: str, as_json: bool) -> None:
 
 def _field_document(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    schema = schema | next((form for form in schema.get("anyOf", ()) if form["type"] != "null"), {})  # of an option that may be left out
+    schema = schema | next((form for form in schema.get("anyOf", ()) if form.get("type") != "null"), {})
     values = ", ".join(map(str, schema["enum"])) if "enum" in schema else schema.get("type", "")
     values += "".join(f" {sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema)
     return {"name": name, "default": schema.get("default"), "values": values, "help": schema.get("description", "")}
