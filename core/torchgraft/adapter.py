@@ -134,8 +134,7 @@ class Adapter:
             AttachError: the optimizer does not train this adapter, or its moments cannot follow a change of shape.
         """
         self._check_attached()
-        if self.merged:
-            raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
+        self._check_unmerged()
         if not self.hooks.has("adapter_step"):
             return
         check_resizable(optimizer, self._site_parameters())
@@ -147,8 +146,7 @@ class Adapter:
 
         The parameters stay the same objects, so optimizers and schedules go on with them.
         """
-        if self.merged:
-            raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
+        self._check_unmerged()
         check_resizable(optimizer, self._site_parameters())
         for name, change in sites.items():
             check_change(name, self.parts[name], change)
@@ -161,6 +159,10 @@ class Adapter:
                 resize_(part._parameters[key], value, optimizer, change.carry[key])  # type: ignore[arg-type]
             part.config = change.config
             part.site.memo.clear()
+
+    def _check_unmerged(self) -> None:
+        if self.merged:
+            raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
 
     def _site_parameters(self) -> list[nn.Parameter]:
         """Without those of modules that are trained whole: they keep their shapes."""

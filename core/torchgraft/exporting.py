@@ -27,9 +27,9 @@ from torchgraft.method import Method
 from torchgraft.output import new_directory, refuse_existing
 from torchgraft.pairing import pair
 from torchgraft.site import Site, to_canonical
-from torchgraft.weights import widened
+from torchgraft.weights import exactly, widened
 
-PLAIN = Method("lora", LowRankConfig, "", "", peft=LowRankPeft())
+PLAIN = Method("LORA", LowRankConfig, "", "", peft=LowRankPeft())
 """PEFT's LORA type, whatever method the adapter has here."""
 
 
@@ -156,7 +156,8 @@ def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], n
             "('adapt merge'), or take the nearest LoRA of a rank that you choose: --rank R --base MODEL"
         )
     weight = to_canonical(site.kind, nearest.checkpoint.read(f"{site.name}.weight"))
-    change = hooks.merge(paired.config, widened(params, weight), weight) - weight
+    with exactly(weight):
+        change = hooks.merge(paired.config, widened(params, weight), weight) - weight
     return Folded(site, 1.0, *nearest_lora(change, nearest.rank))
 
 

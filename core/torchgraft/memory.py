@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 from torchgraft.config import Config
 from torchgraft.dtypes import SIZES
+from torchgraft.errors import TorchgraftError, TorchgraftWarning
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.planning import Plan, site_of
@@ -72,8 +74,10 @@ def memory_of_methods(plan: Plan, chosen: MethodHooks, configs: Mapping[str, Con
             config = method.config(**{key: value for key, value in options.items() if key in method.config.model_fields})
             same = dict.fromkeys((site.name for site in plan.sites), config)
             found[method.name] = adapter_memory(plan, registry().hooks(method.name), same)
-        except Exception:  # noqa: BLE001  (a stranger's method that cannot tell its shapes must not take the others' estimates down)
+        except (ValueError, TorchgraftError):
             continue
+        except Exception as error:  # noqa: BLE001  (one method's fault must not take the others' estimates down)
+            warnings.warn(f"{method.name} is left out of the estimates: {type(error).__name__}: {error}", TorchgraftWarning, stacklevel=2)
     return found
 
 

@@ -19,25 +19,14 @@ from pydantic import Field
 import torchgraft as tg
 from torchgraft import hookimpl
 from torchgraft_plugins.lora import (
-    adapter_forward,
-    adapter_init,
-    adapter_merge,
-    adapter_param_groups,
-    adapter_shapes,
-    adapter_to_lora,
-    adapter_unmerge,
+    adapter_forward as adapter_forward,
+    adapter_init as adapter_init,
+    adapter_merge as adapter_merge,
+    adapter_param_groups as adapter_param_groups,
+    adapter_shapes as adapter_shapes,
+    adapter_to_lora as adapter_to_lora,
+    adapter_unmerge as adapter_unmerge,
 )
-
-__all__ = [
-    "adapter_forward",
-    "adapter_init",
-    "adapter_merge",
-    "adapter_param_groups",
-    "adapter_shapes",
-    "adapter_to_lora",
-    "adapter_unmerge",
-]
-
 
 if TYPE_CHECKING:
     from torch import nn
