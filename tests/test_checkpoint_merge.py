@@ -6,6 +6,7 @@ import errno
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import chain, repeat
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import models
 import torchgraft as tg
-from torchgraft import exact
+from torchgraft import file_blocks
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftError
 
 ADAPTED = {
@@ -325,7 +326,7 @@ def change_tensor(path: Path, name: str) -> None:
 
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-CORRECTIONS, ADAPTER = "torchgraft_undo/corrections.safetensors", "torchgraft_undo/adapter"
+CORRECTIONS, ADAPTER = "torchgraft_undo/corrections.safetensors", "torchgraft_undo/adapters/0"
 SITE = "model.layers.0.self_attn.q_proj"
 TAMPER: dict[str, Callable[[Path], object]] = {
     "merged weight": lambda out: change_tensor(out / SECOND, f"{SITE}.weight"),
@@ -340,7 +341,9 @@ TAMPER: dict[str, Callable[[Path], object]] = {
     "record's format": edit(lambda record: record.update(format=99)),
     "hash of a tensor": edit(lambda record: record["original_tensors"].update({f"{SITE}.weight": "0" * 64})),
     "hash of a file": edit(lambda record: record["original_files"].update({FIRST: "0" * 64})),
-    "shard not listed": edit(lambda record: record["original_files"].pop(FIRST)),
+    "kept header": lambda out: spoil(out / f"torchgraft_undo/headers/{FIRST}.header"),
+    "kept header is gone": lambda out: (out / f"torchgraft_undo/headers/{FIRST}.header").unlink(),
+    "header not listed": edit(lambda record: record["headers"].pop(FIRST)),
     "tensor not listed": edit(lambda record: record["original_tensors"].pop(f"{SITE}.weight")),
     "site of another kind": edit(lambda record: record["sites"][SITE].update(kind="Conv1D")),
     "site without a kind": edit(lambda record: record["sites"].update({SITE: 3})),
@@ -370,7 +373,7 @@ def test_failure_leaves_nothing(tmp_path: Path, case: Merge, error: BaseExceptio
         partial(tg.merge_checkpoint, tmp_path / "base", tmp_path / "adapter", target),
         partial(tg.unmerge_checkpoint, out, target),
     ):
-        failing = Mock(side_effect=[*[None] * (3 if where == "later tensor" else 0), error])
+        failing = Mock(side_effect=chain([None] * (3 if where == "later tensor" else 0), repeat(error)))
         with pytest.MonkeyPatch.context() as patch:
             if "tensor" not in where:
                 patch.setattr(where, failing)
@@ -380,9 +383,9 @@ def test_failure_leaves_nothing(tmp_path: Path, case: Merge, error: BaseExceptio
 
 
 def test_wrong_bytes_on_disk_are_noticed_by_the_verification(tmp_path: Path, case: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, right = tree(tmp_path), exact.as_bytes
-    monkeypatch.setattr(exact, "as_bytes", lambda tensor: right(tensor * 1.01 if tensor.is_floating_point() else tensor))
-    with pytest.raises(MergeError, match="reference"):
+    before, right = tree(tmp_path), file_blocks.write_exactly
+    monkeypatch.setattr(file_blocks, "write_exactly", lambda target, data, offset: right(target, memoryview(bytes(data)[::-1]), offset))
+    with pytest.raises(MergeError, match="not what it should be"):
         case()
     assert tree(tmp_path) == before
     case(verify=False)

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import torchgraft as tg
 from models import Plain, perturb_
 from test_lora import DTYPES, LAYERS, PLAIN_SITES, SCALE, TOKENS, adapted, as_stored, assert_near, input_of, plain, plain_model, reference
-from torchgraft.exact import BITS, correct, digest, make_correction
+from torchgraft.exact import BITS, correct, digest, make_correction, restore
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -72,9 +72,9 @@ def test_merging_and_unmerging_over_and_over_changes_no_bit(layer: str, dtype: s
     for cycle in range(100 if dtype == "bfloat16" else 5):
         perturb_(adapter.parameters(), 0.1, seed=cycle)
         adapter.merge()
-        changed, kept = bits(weight) != before, adapter.parts["0"].undo.corrections["weight"].index
+        changed, correction = bits(weight) != before, adapter.parts["0"].undo.correction
         adapter.unmerge()
-        assert len(kept) < changed.sum(), "what arithmetic restores is not kept"
+        assert len(correction.step) < changed.sum(), "what arithmetic restores is not kept"
         assert torch.equal(bits(weight), before), f"cycle {cycle}"
 
 
@@ -354,27 +354,54 @@ def pairs_of_bits(draw: st.DrawFn) -> PairOfBits:
 def test_a_correction_restores_any_bits_and_holds_no_more_than_the_differences(pair: PairOfBits, bit: int) -> None:
     first, second, dtype, transpose = pair
     original, nearly = (from_bytes(data, dtype, transpose) for data in (first, second))
-    correction = make_correction(original, nearly)
-    restored = correct(nearly, correction, "layer")
+    correction, expected = make_correction(original, nearly), digest(original)
+    restored = restore(nearly, correction, expected, "layer")
     assert (restored.shape, restored.dtype) == (original.shape, dtype)
     assert torch.equal(bits(restored), bits(original))
     assert torch.equal(bits(nearly), bits(from_bytes(second, dtype, transpose))), "what was given must stay as it was"
     entries = range(0, len(first), dtype.itemsize)
     different = sum(first[at : at + dtype.itemsize] != second[at : at + dtype.itemsize] for at in entries)
-    assert correction.dense == (different * (4 + dtype.itemsize) > len(first)), "dense only where positions would cost more"
-    assert len(correction.index) == (0 if correction.dense else different)
+    dense = len(correction.step) == 0 < different
+    assert len(correction.step) == (0 if dense else different)
+    assert correction.nbytes <= len(first), "never more than the tensor itself"
+    assert dense or correction.nbytes <= different * (2 + dtype.itemsize) + original.numel() // 255, "no more than the differences"
     row_major = bits(original).numpy().tobytes()
-    assert correction.digest == digest(original) == hashlib.sha256(row_major).hexdigest()
+    assert expected == hashlib.sha256(row_major).hexdigest()
 
-    wrong = replace(correction, digest=hashlib.sha256(row_major + b"0").hexdigest())
     with pytest.raises(tg.MergeError, match=r"layer: unmerging does not give the original bits.*Nothing was changed"):
-        correct(nearly, wrong, "layer")
-    untouched = range(original.numel()) if correction.dense else sorted(set(range(original.numel())) - set(correction.index.tolist()))
-    if untouched:
+        restore(nearly, correction, hashlib.sha256(row_major + b"0").hexdigest(), "layer")
+    if original.numel() and dtype != torch.bool:
         flipped = bits(nearly)
-        flipped.view(-1)[untouched[bit % len(untouched)]] ^= 1
+        flipped.view(-1)[bit % original.numel()] ^= 1
         with pytest.raises(tg.MergeError, match="layer: unmerging does not give the original bits"):
-            correct(flipped.view(dtype), correction, "layer")
+            restore(flipped.view(dtype), correction, expected, "layer")
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1200), st.integers(-(2**15), 2**15 - 1)), max_size=12), st.integers(0, 1500))
+def test_a_correction_spans_long_ways_and_large_steps(places: list[tuple[int, int]], rest: int) -> None:
+    size = sum(way + 1 for way, _ in places) + rest
+    nearly, at = torch.zeros(size, dtype=torch.int16), -1
+    original = nearly.clone()
+    for way, step in places:
+        at += way + 1
+        original[at] = step
+    correction = make_correction(original.view(torch.bfloat16), nearly.view(torch.bfloat16))
+    assert correct(nearly.view(torch.bfloat16), correction).view(torch.int16).equal(original)
+
+
+def test_a_correction_of_another_tensor_is_refused() -> None:
+    original, nearly = torch.arange(300.0), torch.arange(300.0)
+    original[[5, 299]] += 1
+    correction = make_correction(original, nearly)
+    for broken in (
+        replace(correction, gap=correction.gap[:1]),
+        replace(correction, step=correction.step[:1]),
+        replace(correction, wide=correction.wide[1:]),
+        make_correction(torch.cat([original, original]), torch.cat([nearly, nearly])),
+    ):
+        with pytest.raises(ValueError, match="not one of this tensor"):
+            correct(nearly, broken)
 
 
 @settings(max_examples=60, deadline=None)

@@ -107,7 +107,7 @@ def test_what_unmerge_needs_is_kept_with_the_merge(stranger: Stranger, dtype: to
     perturb_(adapter.parameters())
     for _ in range(3):
         adapter.merge()
-        assert set(adapter.parts["0"].undo.corrections["weight"].needed) == {"largest"}
+        assert set(adapter.parts["0"].undo.needed) == {"largest"}
         adapter.unmerge()
     adapter.detach()
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

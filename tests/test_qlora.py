@@ -236,7 +236,7 @@ def test_the_record_says_how_the_weights_were_quantised(tmp_path: Path) -> None:
     for site in record["sites"]:
         assert (site["kind"], site["dtype"]) == ("Linear", "float32")
         assert site["shape"] == list(plain().get_submodule(site["name"]).weight.shape)
-        assert site["quantization"] == {"type": "fp4", "block_size": 128, "double": False}
+        assert site["quantization"] == {"type": "fp4", "block_size": 128, "double": False, "compute_dtype": "float32"}
         assert site["fingerprint"]
 
 

@@ -151,7 +151,8 @@ def test_a_method_sees_the_weight_that_the_layer_computes_with(
     layer = four_bit(shape, dtype, quant_type=quant_type, compress_statistics=double, blocksize=blocksize)
     _, adapter = adapted(layer, perturb=False)
     (site,) = adapter.sites
-    assert dict(site.quantization) == {"type": quant_type, "block_size": blocksize, "double": double}
+    how = {"type": quant_type, "block_size": blocksize, "double": double}
+    assert site.quantization.items() >= how.items()
     assert (site.kind.name, site.shape, site.dtype, site.weight().dtype) == ("Linear4bit", shape, dtype, torch.float32)
     computed = layer.train()(torch.eye(shape[1])).T - layer.bias[:, None]
     assert error(computed, decoded(layer)) < 1e-6

@@ -116,15 +116,16 @@ def test_unmerge_takes_nothing_unchecked_from_the_undo_folder(tmp_path: Path, me
 def test_damaged_corrections_are_refused(tmp_path: Path, merged: Path) -> None:
     path = merged / "torchgraft_undo" / "corrections.safetensors"
     tensors = load_file(path)
-    tensors["q_proj.weight#index"] = torch.tensor([10_000], dtype=torch.int32)
+    tensors["q_proj.weight#blocks"][0, 1] += 1
     save_file(tensors, path)
     with pytest.raises(tg.FileFormatError, match=r"corrections\.safetensors"):
         tg.unmerge_checkpoint(merged, tmp_path / "restored")
 
 
-@pytest.mark.parametrize("record", [{"format": 1}, {"adapter": "x"}, {"adapter": {"sha256": "x"}, "earlier": 3}])
-def test_a_malformed_merge_record_is_the_users_error(tmp_path: Path, merged: Path, record: object) -> None:
-    (merged / "torchgraft_merge.json").write_text(json.dumps(record))
+@pytest.mark.parametrize("change", [{"adapters": "x"}, {"adapters": [{}]}, {"earlier": 3}, {"sites": {"q_proj": {"kind": 3}}}])
+def test_a_malformed_merge_record_is_the_users_error(tmp_path: Path, merged: Path, change: dict[str, object]) -> None:
+    record = json.loads((merged / "torchgraft_merge.json").read_text())
+    (merged / "torchgraft_merge.json").write_text(json.dumps(record | change))
     with pytest.raises(tg.FileFormatError, match="edited by hand"):
         tg.merge_checkpoint(merged, tmp_path / "adapter", tmp_path / "out")
 

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run `adapt` and exit: 0 done, 1 a bug, 2 the user's input."""
     warnings.showwarning = _show_warning
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
-    _prepare_streams()
+    _prepare_process()
     try:
         adapt.main(arguments, prog_name="adapt", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -51,20 +51,31 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except (TorchgraftError, click.ClickException, OSError) as error:
         _fail(_one_line(error), 2, debug)
+    except TerminatedError:
+        _fail("terminated; nothing was left behind", 128 + signal.SIGTERM, debug)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was left behind", 130, debug)
+        _fail("interrupted; nothing was left behind", 128 + signal.SIGINT, debug)
     except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
         hint = "" if debug else "; please report it with the output of adapt --debug …"
         _fail(f"a bug in adapt: {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1, debug)
 
 
-def _prepare_streams() -> None:
+class TerminatedError(BaseException):
+    """SIGTERM came. All that is unwound cleans up, as it does for an interrupt."""
+
+
+def _terminate(*_: Any) -> None:
+    raise TerminatedError
+
+
+def _prepare_process() -> None:
     """A terminal that cannot show × gets a ?, and whoever stops reading our output (`| head`) has seen enough."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 def _one_line(error: Exception) -> str:

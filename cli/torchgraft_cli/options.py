@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite, nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -142,6 +145,42 @@ def parse_kinds(kinds: tuple[str, ...]) -> dict[str, str]:
             raise ConfigError(f"--kind {text!r}: write it like 'proj=Linear'")
         found[pattern] = registry().kind(kind).name
     return found
+
+
+def parse_adapters(texts: tuple[str, ...]) -> dict[str | Path, float]:
+    """("A", "B=0.5") → {"A": 1, "B": 0.5}. A directory whose name has a `=` in it is taken as it is.
+
+    Raises:
+        ConfigError: a weight is not a finite number, or one directory is given twice.
+    """
+    found: dict[str | Path, float] = {}
+    for text in texts:
+        name, equals, weight = text.rpartition("=")
+        if not equals or Path(text).is_dir():
+            name, weight = text, "1"
+        try:
+            factor = float(weight)
+        except ValueError:
+            factor = nan
+        if not isfinite(factor):
+            raise ConfigError(f"{text!r}: {weight!r} is not a number; write an adapter and its weight like path=0.5")
+        if Path(name) in map(Path, found):
+            raise ConfigError(f"{name}: it is given twice; give it once, with the sum of the weights")
+        found[name] = factor
+    return found
+
+
+def parse_size(text: str) -> int:
+    """ "5GB" → 5·10⁹, "512MiB" → 512·2²⁰.
+
+    Raises:
+        ConfigError: it is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ConfigError(f"{text!r} is not a size; write it like 5GB or 500MB")
+    return size
 
 
 def layer_document(layer: Layer) -> dict[str, Any]:

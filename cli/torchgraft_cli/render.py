@@ -123,14 +123,14 @@ def percent(part: float, whole: float) -> str:
 
 
 @contextmanager
-def byte_progress(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """A bar on stderr, where that is a terminal; yields the function that advances it."""
+def byte_progress(title: str, *, shown: bool) -> Iterator[Callable[[int, int], Any]]:
+    """A bar on stderr, where that is a terminal; yields the function that advances it, by bytes of a total."""
     if not shown or not sys.stderr.isatty():
-        yield lambda _: None
+        yield lambda _written, _total: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda number: progress.advance(task, number)
+        task = progress.add_task(title, total=None)
+        yield lambda written, total: progress.update(task, advance=written, total=total)

@@ -57,6 +57,8 @@ class Contents:
     """The base's name or path, as the user gave it."""
     state: Mapping[str, Any] = field(default_factory=dict)
     """What the method keeps between its steps."""
+    quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further layers of the base that were quantised, and how: it was trained against these, too."""
 
 
 def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
@@ -74,8 +76,19 @@ def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
         modules=modules,
         base=getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
         state=adapter.state,
+        quantized=_quantized(adapter),
     )
     write(contents, Path(directory))
+
+
+def _quantized(adapter: Adapter) -> dict[str, dict[str, Any]]:
+    from torchgraft.module_layers import layers_of_module
+
+    found = {}
+    for layer in layers_of_module(adapter.model, registry().kinds()):
+        if layer.kind is not None and layer.name not in adapter.parts and (kind := registry().kind(layer.kind)).quantized:
+            found[layer.name] = {**kind.quantization(adapter.model.get_submodule(layer.name)), "from": layer.dtype}
+    return found
 
 
 def _saved(part: SitePart) -> SavedSite:
@@ -168,6 +181,7 @@ def _record(contents: Contents, file: str, data: bytes) -> dict[str, Any]:
         "also_train": list(contents.also_train),
         "also_saved": list(contents.also_saved),
         "base": contents.base,
+        **({"quantized": dict(contents.quantized)} if contents.quantized else {}),
         "tensors": {"file": file, "sha256": hashlib.sha256(data).hexdigest()},
     }
 

@@ -74,7 +74,8 @@ class Linear4bit(Quantized):
     def quantization(self, module: nn.Module) -> dict[str, Any]:
         state = _state(module)
         nested = bool(getattr(state, "original_nested", state.nested))
-        return {"type": state.quant_type, "block_size": state.blocksize, "double": nested}
+        compute = str(module.compute_dtype or "float32").removeprefix("torch.")
+        return {"type": state.quant_type, "block_size": state.blocksize, "double": nested, "compute_dtype": compute}
 
 
 class Linear8bitLt(Quantized):

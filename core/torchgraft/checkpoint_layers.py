@@ -138,13 +138,22 @@ def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
     if said is False or not any(HAS_HEAD.search(str(name)) for name in architectures):
         return layers
     heads = {layer.shape for layer in layers if layer.role == "head"}
+    is_plain = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     return [
-        replace(layer, tied=("the output head",)) if _is_input(layer) and (said or layer.shape not in heads) else layer for layer in layers
+        replace(layer, tied=("lm_head" if is_plain and _is_plain_input(layer) else "the output head",))
+        if _is_input(layer) and (said or layer.shape not in heads)
+        else layer
+        for layer in layers
     ]
 
 
 def _is_input(layer: Layer) -> bool:
     return len(layer.shape) == 2 and layer.name.rpartition(".")[2] in INPUT_EMBEDDINGS
+
+
+def _is_plain_input(layer: Layer) -> bool:
+    """Whether the head that it is tied to is called lm_head, as beside all embeddings of these names."""
+    return layer.name.rpartition(".")[2] in ("embed_tokens", "wte") and layer.kind == "Embedding"
 
 
 def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:

@@ -1,36 +1,34 @@
-"""Merging an adapter into a checkpoint: files in, files out, one tensor in memory at a time, no model.
+"""Merging adapters into a checkpoint: files in, files out, a few rows in memory at a time, no model.
 
-The output keeps the files, names and headers of the base; only the bytes of the merged tensors differ. Beside them lie
-`torchgraft_merge.json`, which says what was merged, and `torchgraft_undo/`, which holds what unmerge needs.
+Unless asked otherwise, the output keeps the files, names and headers of the base; only the bytes of the merged tensors
+differ. Beside them lie `torchgraft_merge.json`, which says what was merged, and `torchgraft_undo/`, which holds what
+unmerge needs.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 import torchgraft
-from torchgraft import exact
-from torchgraft.adapter_files import NATIVE, PEFT_CONFIG, AdapterFiles, read_adapter
-from torchgraft.adapter_load import read_tensors, warn_of_other_weights
-from torchgraft.bases import base_of_checkpoint
-from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json
-from torchgraft.checkpoint_verify import SAMPLED_ROWS, verify_merge
-from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
-from torchgraft.merge_job import Merge, Progress, prepare_on, relative_name, write_weights
-from torchgraft.output import json_bytes, new_directory, refuse_existing
-from torchgraft.pairing import pair
-from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sidecars
+from torchgraft.adapter_files import NATIVE, PEFT_CONFIG
+from torchgraft.checkpoint import open_checkpoint
+from torchgraft.digests import digesting
+from torchgraft.errors import FileFormatError, TorchgraftWarning
+from torchgraft.layout import relative_name
+from torchgraft.merge_plan import MergePlan, Onto, plan_merge
+from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
+from torchgraft.output import Progress, json_bytes, new_directory, refuse_existing, silent
+from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
 
-CORRECTIONS = "corrections.safetensors"
-FORMAT = 1
+if TYPE_CHECKING:
+    from torchgraft.merge_run import MergeRun
 
 
 @dataclass(frozen=True)
@@ -40,93 +38,164 @@ class MergeReport:
     copied_tensors: int
     total_bytes: int
     """Of the weight files."""
+    files: tuple[str, ...]
+    """The weight files."""
     verified: bool
+    notes: tuple[str, ...] = ()
+    """What was decided that one may not expect."""
     left_out: tuple[str, ...] = ()
     """Files of the base that hold the same weights in another form, unmerged."""
     undo_bytes: int = 0
+    """Of the undo record; in a dry run, about."""
+    memory: int = 0
+    """Bytes, about: the adapters, and what is worked on at a time. torch itself comes on top."""
 
 
 def merge_checkpoint(
     model: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | Mapping[str | Path, float],
     output: str | Path,
     *,
+    dtype: str = "",
+    onto: Onto | None = None,
+    max_shard_size: int = 0,
     verify: bool = True,
     undo: bool = True,
     dry_run: bool = False,
-    kinds: dict[str, str] | None = None,
-    progress: Progress = lambda _: None,
+    kinds: Mapping[str, str] | None = None,
+    progress: Progress = silent,
 ) -> MergeReport:
-    """Write `model` with `adapter` merged into it to the new directory `output`.
+    """Write `model` with adapters merged into it to the new directory `output`.
 
-    Arithmetic is float32, rounded once to the tensor's dtype.
+    Arithmetic is in float32 for bfloat16 weights and in float64 for all others, rounded once to the dtype that is written.
 
     Args:
-        verify: read the written tensors back and compare sampled rows with a float64 reference.
+        adapter: its directory; or several, each with its weight f: W + Σ f·ΔW.
+        dtype: of every float tensor in the output; empty: as it is.
+        onto: "quantized" merges into the weights as they were after quantising, if the adapter was trained on such; the default
+            if it was. "original" merges into the base's own.
+        max_shard_size: bytes of a weight file. 0: the base's own files.
+        verify: read the written tensors back and compare them with a float64 reference.
         undo: write what `unmerge_checkpoint` needs.
         dry_run: check everything and write nothing.
         kinds: pattern → kind, for layers whose kind the files do not tell.
+        progress: called with the number of bytes that were just written, and of all that will be.
 
     Raises:
-        FileFormatError, PairingError: a file is broken, or the adapter does not fit.
-        MergeError: it is merged already, a weight is shared, or a result is not finite. Nothing is left behind.
+        FileFormatError, PairingError: a file is broken, or an adapter does not fit.
+        MergeError: an adapter is merged already, a weight is shared, adapters cannot be combined, or a result is not finite.
+            Nothing is left behind.
+        ConfigError: an option has no such value.
     """
     target = Path(output)
     refuse_existing(target)
-    merge = prepare(open_checkpoint(model), read_adapter(adapter), kinds)
-    warn_of_other_weights(merge.pairing.files, [paired.site for paired in merge.pairing.sites])
-    carried, left_out = sidecars(merge.checkpoint)
-    if left_out:
-        warnings.warn(
-            f"left out, for they hold the unmerged weights in another form: {', '.join(map(str, left_out))}",
-            TorchgraftWarning,
-            stacklevel=2,
-        )
-    report = MergeReport(
-        output=target,
-        merged_tensors=len(merge.changed),
-        copied_tensors=len(merge.checkpoint.tensors) - len(merge.changed),
-        total_bytes=sum(header.path.stat().st_size for header in merge.checkpoint.headers),
-        verified=verify and not dry_run,
-        left_out=tuple(map(str, left_out)),
-    )
-    if dry_run:
-        return report
-    _check_space(target, report.total_bytes)
-    merge.tensors = read_tensors(merge.pairing)
+    adapters = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
+    checkpoint = open_checkpoint(model)
+    # The hashes of the base are taken by one core while the other imports torch.
+    background: AbstractContextManager[dict[str, str]] = nullcontext({}) if dry_run else digesting(checkpoint)
+    with background as digests:
+        plan = plan_merge(checkpoint, adapters, dtype=dtype, onto=onto, max_shard_size=max_shard_size, kinds=kinds)
+        if plan.sidecars.left_out:
+            warnings.warn(
+                f"left out, for they hold the unmerged weights in another form: {', '.join(plan.sidecars.left_out)}",
+                TorchgraftWarning,
+                stacklevel=2,
+            )
+        if dry_run:
+            return _report(plan, target, False, _undo_bytes(plan) if undo else 0)
+        _check_space(target, _needed_bytes(plan, undo))
+        from torchgraft.merge_run import MergeRun
+    return _carry_out(MergeRun(plan, digests), target, str(model), verify, undo, progress)
+
+
+def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool, progress: Progress) -> MergeReport:
+    from torchgraft.checkpoint_verify import SAID, verify_merge
+
+    plan = run.plan
     with new_directory(target) as directory:
-        corrections = _write_weights(merge, directory, undo, progress)
-        for relative in carried:
-            copy_into(merge.checkpoint.root / relative, directory / relative)
-        if undo:
-            _write_undo(merge, directory, corrections)
+        digests = run.write(directory, directory / UNDO / CORRECTIONS if undo else None, progress)
+        for name, source in plan.sidecars.files.items():
+            if name not in plan.rewritten:
+                copy_into(source, directory / name)
+        for name, content in plan.rewritten.items():
+            if content:
+                (directory / name).write_bytes(content)
         if verify:
-            verify_merge(merge, directory)
-        (directory / RECORD).write_bytes(json_bytes(_record(merge, directory, str(model), carried, corrections, verify, undo)))
-        undo_bytes = sum(path.stat().st_size for path in (directory / UNDO).rglob("*") if path.is_file())
-    return MergeReport(**{**report.__dict__, "undo_bytes": undo_bytes})
+            verify_merge(run, directory)
+        if undo:
+            _write_undo(plan, directory)
+        (directory / RECORD).write_bytes(json_bytes(_record(plan, model, digests, SAID if verify else "", undo)))
+        return _report(plan, target, verify, _size(directory / UNDO))
 
 
-def prepare(checkpoint: Checkpoint, files: AdapterFiles, kinds: dict[str, str] | None) -> Merge:
-    """Pair adapter and checkpoint, and refuse what must not be merged."""
-    base = base_of_checkpoint(checkpoint, kinds)
-    _refuse_merged(checkpoint, files)
-    return prepare_on(checkpoint, pair(files, base).demand(base), base)
+def _write_undo(plan: MergePlan, directory: Path) -> None:
+    """All but the corrections, which are written with the weights."""
+    checkpoint, undo = plan.checkpoint, directory / UNDO
+    for number, one in enumerate(plan.ingredients):
+        files = one.pairing.files
+        for name in (files.tensor_file.name, NATIVE, PEFT_CONFIG):
+            if (files.directory / name).is_file():
+                copy_into(files.directory / name, undo / ADAPTERS / str(number) / name)
+    for header in checkpoint.headers:
+        path = undo / HEADERS / f"{relative_name(checkpoint, header)}.header"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(header.raw)
+    for name, source in plan.sidecars.base.items():
+        if name in plan.rewritten or plan.sidecars.files.get(name) != source:
+            copy_into(source, undo / BASE / name)
+    for relative in (RECORD, UNDO):  # of an earlier merge, which unmerging this one gives back
+        earlier = checkpoint.directory / relative
+        if earlier.is_dir():
+            shutil.copytree(earlier, undo / BASE / relative)
+        elif earlier.is_file():
+            copy_into(earlier, undo / BASE / relative)
 
 
-def _refuse_merged(checkpoint: Checkpoint, files: AdapterFiles) -> None:
-    if sha256(files.tensor_file) in _merged_before(checkpoint):
-        raise MergeError(f"{checkpoint.root}: this adapter is merged into it already ({RECORD}); use the base model")
+def _record(plan: MergePlan, model: str, digests: Mapping[str, str], verified: str, undo: bool) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "torchgraft": torchgraft.__version__,
+        "base": model,
+        "adapters": [
+            {
+                "path": str(one.path),
+                "method": one.pairing.method.name,
+                "factor": one.factor,
+                "sha256": sha256(one.pairing.files.tensor_file),
+            }
+            for one in plan.ingredients
+        ],
+        "sites": {
+            name.removesuffix(".weight"): {"kind": change.kind.name, "quantization": dict(change.quantization)}
+            for name, change in plan.changes.items()
+            if change.kind is not None
+        },
+        "earlier": adapters_in(plan.checkpoint),
+        "merged_tensors": sorted(plan.changes),
+        "notes": list(plan.notes),
+        "undo": undo,
+        "headers": {relative_name(plan.checkpoint, header): sha256_of(header.raw) for header in plan.checkpoint.headers},
+        "original_tensors": dict(digests),
+        "original_files": {name: sha256(path) for name, path in plan.sidecars.base.items()},
+        "verified": verified,
+    }
 
 
-def _merged_before(checkpoint: Checkpoint) -> list[str]:
-    """The hashes of the adapters that earlier merges put into this checkpoint."""
-    path = checkpoint.directory / RECORD
-    record = read_json(path, missing_ok=True)
-    try:
-        return [*record["earlier"], record["adapter"]["sha256"]] if record else []
-    except (KeyError, TypeError):
-        raise FileFormatError(f"{path}: it lacks what a merge's record must have; was it edited by hand?") from None
+def _report(plan: MergePlan, target: Path, verified: bool, undo_bytes: int) -> MergeReport:
+    tensors = list(plan.layout.tensors)
+    copied = sum(map(plan.is_copied, tensors))
+    return MergeReport(
+        output=target,
+        merged_tensors=len(tensors) - copied,
+        copied_tensors=copied,
+        total_bytes=plan.layout.nbytes,
+        files=tuple(file.name for file in plan.layout.files),
+        verified=verified,
+        notes=tuple(plan.notes),
+        left_out=plan.sidecars.left_out,
+        undo_bytes=undo_bytes,
+        memory=plan.memory,
+    )
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -134,68 +203,20 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise FileFormatError(
-            f"{target}: the disk has {free:,} bytes free, and the result takes {needed:,}; free some, or choose another output"
+            f"{target}: the disk has {free:,} bytes free, and the result takes about {needed:,}; free some, or choose another output"
         )
 
 
-def _write_weights(merge: Merge, directory: Path, undo: bool, progress: Progress) -> dict[str, exact.Correction]:
-    corrections: dict[str, exact.Correction] = {}
-
-    def change(name: str, original: Tensor) -> Tensor:
-        merged = merge.merged(name, original)
-        if undo:
-            corrections[name] = _correction(merge, name, original, merged)
-        return merged
-
-    write_weights(merge.checkpoint, directory, merge.changed, change, progress)
-    return corrections
+def _needed_bytes(plan: MergePlan, undo: bool) -> int:
+    beside = sum(path.stat().st_size for path in plan.sidecars.files.values())
+    return plan.layout.nbytes + beside + (_undo_bytes(plan) if undo else 0)
 
 
-def _correction(merge: Merge, name: str, original: Tensor, merged: Tensor) -> exact.Correction:
-    if name in merge.replaced:  # nothing of the original is in the result: all of it is kept
-        return exact.Correction(torch.empty(0, dtype=torch.int32), original.flatten(), exact.digest(original))
-    needed = merge.undo_tensors(name, original)
-    return exact.make_correction(original, merge.nearly_unmerged(name, merged, needed), needed)
+def _undo_bytes(plan: MergePlan) -> int:
+    earlier = plan.checkpoint.directory / UNDO
+    adapters = sum(one.pairing.files.tensor_file.stat().st_size for one in plan.ingredients)
+    return plan.correction_bytes + adapters + _size(earlier)
 
 
-def _write_undo(merge: Merge, directory: Path, corrections: dict[str, exact.Correction]) -> None:
-    undo = directory / UNDO
-    files = merge.pairing.files
-    for name in (files.tensor_file.name, NATIVE, PEFT_CONFIG):
-        if (files.directory / name).is_file():
-            copy_into(files.directory / name, undo / "adapter" / name)
-    sparse = {name: correction for name, correction in corrections.items() if name in merge.sites}
-    tensors = {f"{name}#index": correction.index for name, correction in sparse.items()}
-    tensors |= {f"{name}#value": correction.value for name, correction in corrections.items()}
-    tensors |= {
-        f"{name}#needed.{key}": tensor.contiguous() for name, correction in sparse.items() for key, tensor in correction.needed.items()
-    }
-    save_file(tensors, undo / CORRECTIONS, metadata={"format": "pt"})
-    for relative in (RECORD, UNDO):  # of an earlier merge, which unmerging this one gives back
-        earlier = merge.checkpoint.directory / relative
-        if earlier.is_dir():
-            shutil.copytree(earlier, undo / "base" / relative)
-        elif earlier.is_file():
-            copy_into(earlier, undo / "base" / relative)
-
-
-def _record(
-    merge: Merge, directory: Path, model: str, carried: list[Path], corrections: dict[str, exact.Correction], verified: bool, undo: bool
-) -> dict[str, Any]:
-    checkpoint, files = merge.checkpoint, merge.pairing.files
-    weights = {relative_name(checkpoint, header).as_posix(): header.path for header in checkpoint.headers}
-    everything = weights | {path.as_posix(): checkpoint.root / path for path in carried}
-    return {
-        "format": FORMAT,
-        "torchgraft": torchgraft.__version__,
-        "base": model,
-        "adapter": {"path": str(files.directory), "method": merge.pairing.method.name, "sha256": sha256(files.tensor_file)},
-        "sites": {paired.site.name: {"kind": paired.site.kind.name} for paired in merge.sites.values()},
-        "earlier": _merged_before(checkpoint),
-        "merged_tensors": sorted(merge.changed),
-        "undo": undo,
-        "corrections": sha256(directory / UNDO / CORRECTIONS) if undo else "",
-        "original_tensors": {name: correction.digest for name, correction in corrections.items()},
-        "original_files": {name: sha256(path) for name, path in everything.items()} if undo else {},
-        "verified": f"up to {SAMPLED_ROWS} rows of each merged tensor against a float64 reference" if verified else "",
-    }
+def _size(directory: Path) -> int:
+    return sum((Path(root) / name).stat().st_size for root, _, names in os.walk(directory) for name in names)

@@ -1,26 +1,35 @@
-"""Taking a merge back: from the merged directory alone to every file of the base, bit for bit."""
+"""Taking a merge back: from the merged directory alone, or from the base, to every file of the base, bit for bit."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from torchgraft import exact
 from torchgraft.adapter_files import read_adapter
-from torchgraft.adapter_load import read_tensors
-from torchgraft.bases import base_of_checkpoint
-from torchgraft.checkpoint import Checkpoint, open_checkpoint, read_json
-from torchgraft.checkpoint_merge import CORRECTIONS, FORMAT
+from torchgraft.adapter_tensors import read_tensors, site_tensors
+from torchgraft.bases import PairedSite, Pairing, base_of_checkpoint
+from torchgraft.checkpoint import Checkpoint, open_checkpoint
+from torchgraft.digests import digest_range
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError
-from torchgraft.merge_job import Merge, Progress, prepare_on, relative_name, write_weights
-from torchgraft.output import new_directory, refuse_existing
+from torchgraft.file_blocks import FileBlocks, FileTensor, blocks_of, copy_bytes
+from torchgraft.kinds import Kind
+from torchgraft.layout import Layout, OutputFile, Placed, plan_layout
+from torchgraft.manager import registry
+from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
+from torchgraft.output import Progress, new_directory, refuse_existing, silent
 from torchgraft.pairing import pair
-from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sidecars
+from torchgraft.rewriting import Workers, opened, start_files
+from torchgraft.safetensors_header import read_header
+from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
+from torchgraft.tensor_merge import TensorMerge
+from torchgraft.undo_record import UndoReader
+from torchgraft.weights import Applied
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,18 @@ class UnmergeReport:
     restored_tensors: int
     copied_tensors: int
     files: int
-    """How many files were compared with the hash of the original."""
+    """How many files were compared with the hashes of the originals."""
+    from_base: bool
+    """Whether they come from a base that was given, and not from the merged directory."""
 
 
-def unmerge_checkpoint(merged: str | Path, output: str | Path, *, progress: Progress = lambda _: None) -> UnmergeReport:
-    """Write the base of `merged` to the new directory `output`. Every file has the hash of the original, or it is refused.
+def unmerge_checkpoint(
+    merged: str | Path, output: str | Path, *, base: str | Path | None = None, progress: Progress = silent
+) -> UnmergeReport:
+    """Write the base of `merged` to the new directory `output`: every tensor and file has the hash of the original, or it is refused.
+
+    Args:
+        base: take the originals from here; for what was merged without an undo record, or where arithmetic differs.
 
     Raises:
         MergeError: the directory was not merged here or without an undo record, or was changed since.
@@ -42,45 +58,169 @@ def unmerge_checkpoint(merged: str | Path, output: str | Path, *, progress: Prog
     target = Path(output)
     refuse_existing(target)
     checkpoint = open_checkpoint(merged)
-    record = _read_record(checkpoint)
-    merge, corrections = _prepare(checkpoint, record)
-    carried, _ = sidecars(checkpoint)
-    with new_directory(target) as directory:
-        originals = record["original_tensors"]
-        write_weights(
-            checkpoint, directory, originals, lambda name, tensor: _restored(merge, corrections, name, tensor, originals[name]), progress
-        )
-        for relative in carried:
-            if relative.as_posix() in record["original_files"]:
-                copy_into(checkpoint.root / relative, directory / relative)
-        _check_files(record, directory, checkpoint)
-        earlier = checkpoint.directory / UNDO / "base"
-        for path in sorted(earlier.rglob("*")):
-            if path.is_file() and path.relative_to(earlier).parts[0] in (RECORD, UNDO):
-                copy_into(path, directory / path.relative_to(earlier))
-    restored = len(record["original_tensors"])
-    return UnmergeReport(target, restored, len(checkpoint.tensors) - restored, len(record["original_files"]))
-
-
-def _read_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.directory / RECORD
-    record = read_json(path, missing_ok=True)
+    record = read_record(checkpoint)
     if not record:
         raise MergeError(f"{checkpoint.root}: no {RECORD} in it, so it was not merged by torchgraft; there is nothing to take back")
-    if record.get("format") != FORMAT:
-        raise FileFormatError(f"{path}: format {record.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
-    if not record.get("undo"):
-        raise MergeError(f"{checkpoint.root}: it was merged with --no-undo, so the original bits are not in it; take the base model")
-    maps = (record.get("original_tensors"), record.get("original_files"), record.get("sites"))
-    weights = {relative_name(checkpoint, header).as_posix() for header in checkpoint.headers}
-    sound = all(isinstance(value, dict) for value in maps) and weights <= record["original_files"].keys()
-    if not sound or not all(isinstance(site, dict) and isinstance(site.get("kind"), str) for site in record["sites"].values()):
-        raise FileFormatError(f"{path}: it lacks what a merge's record must have; was it edited by hand?")
-    return record
+    if base is None and not record["undo"]:
+        raise MergeError(f"{checkpoint.root}: it was merged with --no-undo, so the original bits are not in it; give the base: --base DIR")
+    origin = _Base(open_checkpoint(base)) if base is not None else _Merged(checkpoint, record)
+    _check_headers(origin, record["headers"])
+    originals = record["original_tensors"]
+    names = {placed.name for placed in origin.layout.tensors}
+    if names != originals.keys():
+        odd = sorted(names.symmetric_difference(originals))
+        raise MergeError(f"{origin.checkpoint.root}: it has not the tensors of the original ({odd[0]}), so it cannot give it back")
+
+    def work(job: tuple[OutputFile, Placed]) -> tuple[Placed, str]:
+        file, placed = job
+        with opened(origin.checkpoint, directory, file, placed) as (source, written):
+            return placed, origin.write(source, written, placed, workers)
+
+    with new_directory(target) as directory:
+        workers = Workers(origin.layout.nbytes, progress)
+        start_files(origin.layout, directory)
+        with closing(workers.map(work, [(file, placed) for file in origin.layout.files for placed in file.tensors])) as results:
+            for placed, digest in results:
+                if digest != originals[placed.name]:
+                    raise origin.refused(placed.name)
+        _write_files(origin, record, directory)
+    restored = sum(map(origin.is_restored, names))
+    return UnmergeReport(
+        target, restored, len(names) - restored, len(origin.layout.files) + len(record["original_files"]), from_base=base is not None
+    )
 
 
-def _prepare(checkpoint: Checkpoint, record: Mapping[str, Any]) -> tuple[Merge, dict[str, Tensor]]:
-    undo = checkpoint.directory / UNDO
+def _check_headers(origin: _Base | _Merged, expected: Mapping[str, Any]) -> None:
+    found = {file.name: sha256_of(file.header) for file in origin.layout.files}
+    if found != expected:
+        raise MergeError(
+            f"{origin.checkpoint.root}: the headers of the original's weight files are missing or other ones, so it cannot be given back"
+        )
+
+
+def _write_files(origin: _Base | _Merged, record: Mapping[str, Any], directory: Path) -> None:
+    for name, digest in record["original_files"].items():
+        source = origin.file(name)
+        if source is None:
+            raise MergeError(f"{origin.checkpoint.root}: {name} is missing, so the original cannot be given back whole")
+        copy_into(source, inside(directory, name))
+        if sha256(source) != digest:
+            raise MergeError(f"{source}: it is not the original's any more, so that cannot be given back. Nothing was left behind")
+    for root in origin.earlier():
+        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+            if path.is_file():
+                copy_into(path, directory / path.relative_to(root.parent))
+
+
+class _Base:
+    """The originals from the base itself."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.layout = checkpoint, plan_layout(checkpoint)
+
+    def is_restored(self, name: str) -> bool:
+        return False
+
+    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> str:
+        return _copied(source, target, workers)
+
+    def refused(self, name: str) -> MergeError:
+        return MergeError(f"{self.checkpoint.root}: {name} is not what was merged into: this is another base, or it was changed since")
+
+    def file(self, name: str) -> Path | None:
+        return _existing(self.checkpoint.directory, name)
+
+    def earlier(self) -> list[Path]:
+        return [path for path in (self.checkpoint.directory / RECORD, self.checkpoint.directory / UNDO) if path.exists()]
+
+
+class _Merged:
+    """The originals from the merged directory and its undo record."""
+
+    def __init__(self, checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+        self.checkpoint, self._root = checkpoint, checkpoint.directory / UNDO
+        self._undo = UndoReader(self._root / CORRECTIONS)
+        self._pairings = _pairings(checkpoint, record)
+        self._tensors = [read_tensors(pairing) for pairing in self._pairings]
+        self._sites: dict[str, list[tuple[int, PairedSite]]] = {}
+        for number, pairing in enumerate(self._pairings):
+            for paired in pairing.sites:
+                self._sites.setdefault(f"{paired.site.name}.weight", []).append((number, paired))
+        self._record = record
+        self.layout = Layout(tuple(self._files()), {}, is_new=False)
+
+    def is_restored(self, name: str) -> bool:
+        return name in self._undo.names
+
+    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> str:
+        if not self.is_restored(placed.name):
+            return _copied(source, target, workers)
+        sites = self._sites.get(placed.name, [])
+        undo = self._undo.read(placed.name, len(sites))
+        merge = TensorMerge(
+            placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites), needed=undo.needed
+        )
+        blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
+        sha = hashlib.sha256() if isinstance(blocks, FileBlocks) else None
+        for rows, correction in undo.blocks:
+            try:
+                restored = exact.correct(merge.nearly(blocks.read(rows), rows), correction)
+            except ValueError:
+                raise FileFormatError(
+                    f"{self._root / CORRECTIONS}: it does not fit {placed.name!r}; copy the merged directory again"
+                ) from None
+            blocks.write(rows, restored)
+            if sha is not None:
+                sha.update(exact.as_bytes(restored))
+            workers.advance(restored.nbytes)
+        return sha.hexdigest() if sha is not None else _digest(target)
+
+    def refused(self, name: str) -> MergeError:
+        if self.is_restored(name):
+            return exact.not_restored(name)
+        return MergeError(
+            f"{self.checkpoint.root}: {name} was changed since the merge, so the original cannot be given back. Nothing was left behind"
+        )
+
+    def file(self, name: str) -> Path | None:
+        return _existing(self._root / BASE, name) or _existing(self.checkpoint.directory, name)
+
+    def earlier(self) -> list[Path]:
+        return [path for path in (self._root / BASE / RECORD, self._root / BASE / UNDO) if path.exists()]
+
+    def _kind(self, name: str) -> Kind | None:
+        site = self._record["sites"].get(name.removesuffix(".weight"))
+        return registry().kind(site["kind"]) if site and name.endswith(".weight") else None
+
+    def _applied(self, sites: list[tuple[int, PairedSite]]) -> list[Applied]:
+        return [
+            Applied(
+                registry().hooks(self._pairings[number].method.name),
+                paired.config,
+                site_tensors(self._pairings[number], paired, self._tensors[number]),
+                float(self._record["adapters"][number]["factor"]),
+            )
+            for number, paired in sites
+        ]
+
+    def _files(self) -> list[OutputFile]:
+        """The base's weight files, by their headers."""
+        root = self._root / HEADERS
+        files = []
+        for path in sorted(root.rglob("*.header")):
+            header = read_header(path, alone=True)
+            placed = tuple(Placed(entry.name, entry.name, entry.dtype, entry.shape, entry.begin) for entry in header.in_file_order)
+            for tensor in placed:
+                found = self.checkpoint.tensors.get(tensor.name)
+                if found is None or found.shape != tensor.shape:
+                    raise MergeError(
+                        f"{self.checkpoint.root}: {tensor.name} is missing or has another shape, so the original cannot be given back"
+                    )
+            files.append(OutputFile(path.relative_to(root).as_posix().removesuffix(".header"), header.raw, placed))
+        return files
+
+
+def _pairings(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Pairing]:
     base = base_of_checkpoint(checkpoint)
     # What the merge took each layer for, --kind included.
     kinds = {
@@ -90,32 +230,20 @@ def _prepare(checkpoint: Checkpoint, record: Mapping[str, Any]) -> tuple[Merge, 
     }
     # The weights here are the merged ones: hashes, not samples, will tell whether the right bits come out.
     base = replace(base, layers={**base.layers, **kinds}, fingerprint=lambda _: "")
-    merge = prepare_on(checkpoint, pair(read_adapter(undo / "adapter"), base).demand(base), base)
-    merge.tensors = read_tensors(merge.pairing)
-    if not (undo / CORRECTIONS).is_file() or sha256(undo / CORRECTIONS) != record.get("corrections"):
-        raise FileFormatError(f"{undo / CORRECTIONS}: it is missing or was changed since the merge; copy the merged directory again")
-    corrections = open_checkpoint(undo / CORRECTIONS)
-    return merge, {name: corrections.read(name) for name in corrections.tensors}
+    directories = [checkpoint.directory / UNDO / ADAPTERS / str(number) for number in range(len(record["adapters"]))]
+    return [pair(read_adapter(directory), base).demand(base) for directory in directories]
 
 
-def _restored(merge: Merge, corrections: Mapping[str, Tensor], name: str, merged: Tensor, digest: str) -> Tensor:
-    if f"{name}#value" not in corrections or not (name in merge.replaced or f"{name}#index" in corrections):
-        raise FileFormatError(f"{merge.checkpoint.directory / UNDO / CORRECTIONS}: it has no entry for {name!r}")
-    value = corrections[f"{name}#value"]
-    if name in merge.replaced:
-        return value.reshape(merged.shape)
-    correction = exact.Correction(corrections[f"{name}#index"], value, digest)
-    prefix = f"{name}#needed."
-    needed = {key.removeprefix(prefix): tensor for key, tensor in corrections.items() if key.startswith(prefix)}
-    return exact.correct(merge.nearly_unmerged(name, merged, needed), correction, name)
+def _copied(source: FileTensor, target: FileTensor, workers: Workers) -> str:
+    for nbytes in copy_bytes(source, target):
+        workers.advance(nbytes)
+    return _digest(target)
 
 
-def _check_files(record: Mapping[str, Any], directory: Path, checkpoint: Checkpoint) -> None:
-    for name, expected in record["original_files"].items():
-        path = directory / name
-        if not path.is_file():
-            raise MergeError(f"{checkpoint.root}: {name} is missing, so the original cannot be given back whole")
-        if sha256(path) != expected:
-            raise MergeError(
-                f"{checkpoint.root / name}: it was changed since the merge, so the original cannot be given back. Nothing was left behind"
-            )
+def _digest(file: FileTensor) -> str:
+    return digest_range(file.descriptor, file.begin, file.begin + file.nbytes, file.where)
+
+
+def _existing(directory: Path, name: str) -> Path | None:
+    path = inside(directory, name)
+    return path if path.is_file() else None

@@ -1,53 +1,110 @@
-"""Reading back what a merge wrote, and comparing it with the same formula in float64."""
+"""Reading back what a merge wrote: merged weights are compared with the methods' own formulas in float64, copies with the base."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchgraft.bases import PairedSite
-from torchgraft.checkpoint import read_tensor
+from torchgraft.checkpoint import open_checkpoint
 from torchgraft.errors import MergeError
-from torchgraft.merge_job import Merge, relative_name
-from torchgraft.site import to_canonical
+from torchgraft.file_blocks import FileTensor, lies_by_rows, read_exactly
+from torchgraft.fingerprint import runs
+from torchgraft.kinds import Kind
+from torchgraft.layout import OutputFile, Placed
+from torchgraft.merge_run import MergeRun, jobs
+from torchgraft.rewriting import Workers, opened
 
-SAMPLED_ROWS = 64
+PLACES, ROWS, ENTRIES = 8, 8, 1024
+"""How many blocks of how many rows are looked at in each merged tensor, the first and the last among them; of one without rows, entries."""
 
-
-def verify_merge(merge: Merge, directory: Path) -> None:
-    """Read back what was written and compare it with the same formula in float64."""
-    changed = merge.changed
-    for header in merge.checkpoint.headers:
-        with (directory / relative_name(merge.checkpoint, header)).open("rb") as written, header.path.open("rb") as source:
-            for entry in header.in_file_order:
-                if entry.name in changed:
-                    _verify_tensor(merge, entry.name, read_tensor(source, entry), read_tensor(written, entry))
-
-
-def _verify_tensor(merge: Merge, name: str, original: Tensor, written: Tensor) -> None:
-    if name in merge.replaced:
-        right = written.equal(merge.tensors[merge.replaced[name]].to(original.dtype))
-    else:
-        right = _rows_agree(merge, merge.sites[name], original, written)
-    if not right:
-        raise MergeError(
-            f"{name}: what was written differs from the float64 reference; the disk or the arithmetic is at fault. Nothing was left behind"
-        )
+SAID = (
+    f"every header; up to {PLACES * ROWS} rows of each merged tensor against the method's formula in float64; "
+    "up to 256 entries of each copied tensor against the base"
+)
 
 
-def _rows_agree(merge: Merge, paired: PairedSite, original: Tensor, written: Tensor) -> bool:
-    kind, hooks = paired.site.kind, merge.hooks
-    params = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in merge.params(paired).items()}
-    weight, found = to_canonical(kind, original).double(), to_canonical(kind, written).double()
-    stride = max(1, len(weight) // SAMPLED_ROWS) if hooks.merges_rows else 1
-    for first in range(0, len(weight), stride) if hooks.merges_rows else [0]:
-        rows = slice(first, first + 1) if hooks.merges_rows else slice(None)
-        expected = hooks.merge(paired.config, params, weight[rows], rows)
-        rounding = torch.finfo(original.dtype).eps * expected.abs()
-        smallest = torch.finfo(original.dtype).smallest_normal * torch.finfo(original.dtype).eps
-        arithmetic = smallest + 16 * torch.finfo(torch.float32).eps * (expected.abs().amax() + weight[rows].abs().amax())
-        if not ((found[rows] - expected).abs() <= rounding + arithmetic).all():
+def verify_merge(run: MergeRun, directory: Path) -> None:
+    """
+    Raises:
+        MergeError: a tensor is not what it should be.
+        FileFormatError: what was written is no sound checkpoint.
+    """
+    _check_headers(run, directory)
+
+    def work(job: tuple[OutputFile, Placed]) -> str:
+        file, placed = job
+        with opened(run.plan.checkpoint, directory, file, placed) as (source, target):
+            right = _is_same(source, target) if run.plan.is_copied(placed) else _is_expected(run, placed, source, target)
+        return "" if right else placed.name
+
+    with closing(Workers().map(work, jobs(run.plan))) as results:
+        for wrong in results:
+            if wrong:
+                raise MergeError(
+                    f"{wrong}: what was written is not what it should be; the disk or the arithmetic is at fault. Nothing was left behind"
+                )
+
+
+def _check_headers(run: MergeRun, directory: Path) -> None:
+    single = run.plan.layout.files[0].name if not run.plan.checkpoint.root.is_dir() and len(run.plan.layout.files) == 1 else ""
+    found = open_checkpoint(directory / single).tensors
+    for _, placed in jobs(run.plan):
+        entry = found.get(placed.name)
+        if entry is None or (entry.dtype, entry.shape, entry.begin) != (placed.dtype, placed.shape, placed.begin):
+            raise MergeError(f"{placed.name}: the header that was written does not describe it. Nothing was left behind")
+
+
+def _is_same(source: FileTensor, target: FileTensor) -> bool:
+    size = source.dtype.itemsize
+    return all(
+        _bytes(source, first * size, end * size) == _bytes(target, first * size, end * size) for first, end in runs(source.nbytes // size)
+    )
+
+
+def _is_expected(run: MergeRun, placed: Placed, source: FileTensor, target: FileTensor) -> bool:
+    merge = run.tensor_merge(placed, source)
+    originals, found = _Rows(source, merge.kind), _Rows(target, merge.kind)
+    height = ROWS if merge.kind is not None else ENTRIES
+    for rows in _sample(placed.name, len(originals), height) if merge.by_rows else [slice(0, len(originals))]:
+        expected, lost = merge.expected(originals[rows], rows)
+        if not ((found[rows].double() - expected).abs() <= lost).all():
             return False
     return True
+
+
+class _Rows:
+    """The canonical rows of a weight in a file, by slices."""
+
+    def __init__(self, file: FileTensor, kind: Kind | None) -> None:
+        self._file = file
+        self._columns = 1 if kind is None else kind.canonical_shape(file.shape)[1]
+        self._mapped = None if kind is None or lies_by_rows(kind, file.shape) else kind.to_canonical(file.mapped(written=False))
+
+    def __len__(self) -> int:
+        return self._file.nbytes // self._file.dtype.itemsize // max(1, self._columns)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        if self._mapped is not None:
+            return self._mapped[rows]
+        width = self._columns * self._file.dtype.itemsize
+        data = _bytes(self._file, rows.start * width, rows.stop * width)
+        return torch.frombuffer(data, dtype=self._file.dtype).reshape(-1, self._columns)
+
+
+def _sample(name: str, rows: int, height: int) -> Iterator[slice]:
+    """`height` rows at each of a few places: the first, the last, and others that the name decides."""
+    last = max(0, rows - height)
+    seed = hashlib.sha256(name.encode()).digest()
+    places = {0, last, *(int.from_bytes(seed[4 * i : 4 * i + 4], "little") % (last + 1) for i in range(PLACES - 2))}
+    return (slice(first, min(first + height, rows)) for first in sorted(places) if rows)
+
+
+def _bytes(file: FileTensor, begin: int, end: int) -> bytearray:
+    data = bytearray(end - begin)
+    read_exactly(file, memoryview(data), begin)
+    return data

@@ -6,12 +6,12 @@ would restore, and records where that misses: a sparse set of entries, and a has
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,31 +20,33 @@ from torchgraft.errors import MergeError
 if TYPE_CHECKING:
     from torchgraft.graft import Form
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type of each element size: bits are compared, not values, for NaN and -0.0 are bits too."""
 
-POSITION = 4
-"""Bytes of a position in all but giant tensors."""
+SKIP = 255
+"""A gap that passes over 255 entries and corrects none."""
+LARGE = -128
+"""A step that does not fit into a byte: the next of `wide` has it."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """How to turn the nearly restored tensor into the original.
+    """How to turn a nearly restored tensor into the original: what to add to its bits, read as integers, and where.
 
-    Sparse: flat positions, and the original's entries there. Dense, where arithmetic misses so often that positions would
-    cost more: no positions, and for every entry the difference of the bits, read as integers.
+    Most misses are a step or two of the last place, and rare: two bytes each. Where there are so many that `wide` for every
+    entry costs less, `gap` and `step` are empty.
     """
 
-    index: Tensor
-    value: Tensor
-    digest: str
-    """Of the original."""
-    needed: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the method asked for, by its hook adapter_undo."""
+    gap: Tensor
+    """uint8: how many entries lie between one corrected entry and the next; SKIP for longer ways."""
+    step: Tensor
+    """int8, one for each corrected entry."""
+    wide: Tensor
+    """The steps that are LARGE, as integers of the tensor's element size."""
 
     @property
-    def dense(self) -> bool:
-        return self.value.numel() > self.index.numel()
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.gap, self.step, self.wide))
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,11 @@ class Undo:
     """The adapter's own tensors as they were merged."""
     merged: dict[str, str]
     """The digests of the module's tensors after the merge."""
-    corrections: dict[str, Correction] = field(default_factory=dict)
+    correction: Correction | None = None
+    original: str = ""
+    """The digest of the weight before."""
+    needed: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method asked for, by its hook adapter_undo."""
     form: Form | None = None
     """Of a quantised layer: what it was before it became a dense one."""
     originals: dict[str, Tensor] = field(default_factory=dict)
@@ -66,42 +72,76 @@ class Undo:
     """Of the weight before the merge."""
 
 
-def make_correction(original: Tensor, nearly: Tensor, needed: Mapping[str, Tensor] | None = None) -> Correction:
-    """Where `nearly`, restored with the help of `needed`, differs from `original`; same shape and dtype."""
-    bits = BITS[original.element_size()]
-    flat, near = original.contiguous().view(bits).flatten(), nearly.contiguous().view(bits).flatten()
-    index = torch.nonzero(flat != near).flatten()
-    if index.numel() * (POSITION + original.element_size()) > flat.numel() * original.element_size():
-        return Correction(index[:0], _narrowed(flat - near), digest(original), needed or {})
-    narrow = index.to(torch.int32) if flat.numel() < 2**31 else index
-    return Correction(narrow, original.flatten()[index].clone(), digest(original), needed or {})
+def make_correction(original: Tensor, nearly: Tensor) -> Correction:
+    """Where `nearly` differs from `original`; same shape and dtype."""
+    bits, near = _integers(original), _integers(nearly)
+    at = np.flatnonzero(bits != near)
+    difference = bits[at] - near[at]
+    fits = (difference > LARGE) & (difference < -LARGE)
+    gaps = _gaps(at)
+    if gaps.nbytes + at.size + (at.size - np.count_nonzero(fits)) * bits.itemsize > bits.nbytes:
+        return Correction(_tensor(gaps[:0]), _tensor(np.empty(0, np.int8)), _tensor(bits - near))
+    return Correction(_tensor(gaps), _tensor(np.where(fits, difference, LARGE).astype(np.int8)), _tensor(difference[~fits]))
 
 
-def correct(nearly: Tensor, correction: Correction, where: str) -> Tensor:
-    """The original, from the nearly restored tensor.
+def correct(nearly: Tensor, correction: Correction) -> Tensor:
+    """The original, from the nearly restored tensor: a new one, on the CPU.
 
     Raises:
-        MergeError: the hash of the result is not the original's.
+        ValueError: the correction is not one of a tensor of this size.
     """
-    if correction.dense:
-        bits = BITS[nearly.element_size()]
-        restored = (nearly.contiguous().view(bits).flatten() + correction.value.to(nearly.device, bits)).view(nearly.dtype)
+    bits = _integers(nearly).copy()
+    gap, step, wide = (part.numpy() for part in (correction.gap, correction.step, correction.wide))
+    if wide.size == bits.size and not gap.size:
+        bits += wide
     else:
-        restored = nearly.flatten().clone()
-        restored[correction.index.to(nearly.device, torch.int64)] = correction.value.to(nearly.device)
-    restored = restored.reshape(nearly.shape)
-    if digest(restored) != correction.digest:
-        raise MergeError(
-            f"{where}: unmerging does not give the original bits: the merged weight was changed since, or the arithmetic "
-            "here differs from where it was merged. Nothing was changed; take the weights from the base model"
-        )
+        at = np.cumsum(np.where(gap == SKIP, SKIP, gap.astype(np.int64) + 1))[gap != SKIP] - 1
+        difference = step.astype(bits.dtype)
+        if at.size != step.size or np.count_nonzero(step == LARGE) != wide.size or (at.size and at[-1] >= bits.size):
+            raise ValueError("the correction is not one of this tensor")
+        difference[step == LARGE] = wide
+        bits[at] += difference
+    return torch.from_numpy(bits).view(nearly.dtype).reshape(nearly.shape)
+
+
+def restore(nearly: Tensor, correction: Correction, digest_: str, where: str) -> Tensor:
+    """As `correct`, and the result has the hash `digest_`.
+
+    Raises:
+        MergeError: it has not.
+    """
+    restored = correct(nearly, correction)
+    if digest(restored) != digest_:
+        raise not_restored(where)
     return restored
 
 
-def _narrowed(difference: Tensor) -> Tensor:
-    """In a byte each, if they fit: most are a step or two of the last place."""
-    narrow = difference.to(torch.int8)
-    return narrow if narrow.to(difference.dtype).equal(difference) else difference
+def not_restored(where: str) -> MergeError:
+    return MergeError(
+        f"{where}: unmerging does not give the original bits: the merged weight was changed since, or the arithmetic "
+        "here differs from where it was merged. Nothing was changed; take the weights from the base model"
+    )
+
+
+def _gaps(at: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    between = at.copy()
+    between[1:] -= at[:-1] + 1
+    if not between.size or between.max() < SKIP:
+        return between.astype(np.uint8)
+    skips = between // SKIP
+    gaps = np.full(at.size + skips.sum(), SKIP, np.uint8)
+    gaps[np.cumsum(skips + 1) - 1] = between % SKIP
+    return gaps
+
+
+def _integers(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The flat tensor's bits; no copy if it lies so on the CPU."""
+    found: np.ndarray[Any, Any] = tensor.detach().cpu().contiguous().view(BITS[tensor.element_size()]).flatten().numpy()
+    return found
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(array)
 
 
 def digest(tensor: Tensor) -> str:
@@ -111,10 +151,5 @@ def digest(tensor: Tensor) -> str:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row-major order; without a copy if it lies so on the CPU."""
-    flat = tensor.detach().cpu().contiguous()
-    size = flat.numel() * flat.element_size()
-    if not size:
-        return memoryview(b"")
-    buffer = (ctypes.c_char * size).from_address(flat.data_ptr())
-    buffer._owner = flat  # type: ignore[attr-defined]  # the memory lives as long as the view
-    return memoryview(buffer).cast("B")
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

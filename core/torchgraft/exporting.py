@@ -13,8 +13,8 @@ from torch import Tensor
 
 from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles, read_adapter
-from torchgraft.adapter_load import read_tensors, site_tensors
 from torchgraft.adapter_save import Contents, SavedSite, write
+from torchgraft.adapter_tensors import read_tensors, site_tensors
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import module_names
@@ -157,7 +157,7 @@ def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], n
         )
     weight = to_canonical(site.kind, nearest.checkpoint.read(f"{site.name}.weight"))
     with exactly(weight):
-        change = hooks.merge(paired.config, widened(params, weight), weight) - weight
+        change = hooks.merge(paired.config, widened(params, weight.dtype), weight) - weight
     return Folded(site, 1.0, *nearest_lora(change, nearest.rank))
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from torchgraft import dtypes
-from torchgraft.exact import as_bytes
-from torchgraft.graft import parts_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from torchgraft.checkpoint import Checkpoint
     from torchgraft.site import Site
 
@@ -33,14 +32,21 @@ def runs(numel: int) -> list[tuple[int, int]]:
 
 def of_tensor(stored: Tensor) -> str:
     """The fingerprint of a weight in memory; empty on the meta device."""
+    import torch
+
+    from torchgraft.exact import as_bytes
+
     if stored.is_meta:
         return ""
     flat = stored.detach().reshape(-1)
-    return _digest(torch.cat([flat[first:end] for first, end in runs(flat.numel())]))
+    sample = torch.cat([flat[first:end] for first, end in runs(flat.numel())])
+    return _digest(bytes(as_bytes(sample)), dtypes.name_of(stored.dtype))
 
 
 def frozen_fingerprint(site: Site) -> str:
     """Of the weight as it was before any adapter was merged into it."""
+    from torchgraft.graft import parts_of
+
     parts = parts_of(site.module) if site.module is not None else []
     first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)
     return first.fingerprint if first is not None else of_site(site)
@@ -54,15 +60,15 @@ def of_site(site: Site) -> str:
 
 
 def of_file(checkpoint: Checkpoint, name: str) -> str:
-    """The fingerprint of a weight in a file; reads only the sample."""
+    """The fingerprint of a weight in a file; reads only the sample, and does without torch."""
     entry = checkpoint.tensors[name]
-    size, dtype = dtypes.SIZES[entry.dtype], dtypes.torch_dtype(entry.dtype)
-    with checkpoint.file_of[name].open("rb") as file:
+    size = dtypes.SIZES[entry.dtype]
+    with checkpoint.file_of[name].open("rb", buffering=0) as file:
         pieces = []
         for first, end in runs(entry.numel):
             file.seek(entry.begin + first * size)
             pieces.append(file.read((end - first) * size))
-    return _digest(torch.frombuffer(bytearray(b"".join(pieces)), dtype=dtype)) if entry.numel else ""
+    return _digest(b"".join(pieces), entry.dtype) if entry.numel else ""
 
 
 def comparable(one: str, other: str) -> bool:
@@ -70,6 +76,15 @@ def comparable(one: str, other: str) -> bool:
     return one == other or {one, other} <= COMPARABLE
 
 
-def _digest(sample: Tensor) -> str:
-    kept = sample if dtypes.name_of(sample.dtype) not in COMPARABLE else sample.to(torch.bfloat16)
-    return hashlib.sha256(as_bytes(kept)).hexdigest()[:32]
+def _digest(sample: bytes, dtype: str) -> str:
+    kept = sample if dtype == "bfloat16" or dtype not in COMPARABLE else _to_bfloat16(sample, dtype).tobytes()
+    return hashlib.sha256(kept).hexdigest()[:32]
+
+
+def _to_bfloat16(sample: bytes, dtype: str) -> np.ndarray[Any, Any]:
+    """To nearest, ties to even, as the upper half of the float32."""
+    with np.errstate(over="ignore"):
+        narrow = np.frombuffer(sample, dtype).astype(np.float32)
+    bits = narrow.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(narrow), 0x7FC0, rounded).astype(np.uint16)

@@ -54,7 +54,7 @@ class Stack:
     def merged(self, weight: Tensor) -> Tensor:
         for part in self._parts():
             with exactly(weight):
-                weight = part.hooks.merge(part.config, widened(part.tensors(), weight), weight)
+                weight = part.hooks.merge(part.config, widened(part.tensors(), weight.dtype, weight.device), weight)
         return weight
 
     def names(self) -> list[str]:

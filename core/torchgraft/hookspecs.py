@@ -65,17 +65,17 @@ def adapter_forward(  # type: ignore[empty-body]
 def adapter_merge(config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:  # type: ignore[empty-body]
     """The weight that gives the adapted layer's output by itself. Called by merge, without gradients.
 
-    `weight` holds the canonical rows `rows` of the frozen weight, in float32 (float64 where it is stored so); params
-    come in the same dtype, and whole. A hook that leaves out `rows` is given the whole weight. Returns a new tensor.
+    `weight` holds the canonical rows `rows` of the frozen weight, in float32 or float64; params come in the same dtype, and
+    whole. A hook that leaves out `rows` is given the whole weight. Returns a new tensor, in that dtype.
     """
 
 
 @hookspec(firstresult=True)
-def adapter_undo(config: Any, params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:  # type: ignore[empty-body]
+def adapter_undo(config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> dict[str, Tensor]:  # type: ignore[empty-body]
     """What `adapter_unmerge` needs and the merged weight does not tell, such as norms of rows. Called by merge.
 
-    Optional. The tensors are kept with the merge and come back among `params`; they should be small. `weight` is the whole
-    frozen weight.
+    Optional. Arguments are those of `adapter_merge`. A hook that takes `rows` returns tensors with an entry for each of
+    these rows; all rows' come back among `params`. They are kept with the merge, and should be small.
     """
 
 
@@ -83,8 +83,8 @@ def adapter_undo(config: Any, params: Mapping[str, Tensor], weight: Tensor) -> d
 def adapter_unmerge(config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:  # type: ignore[empty-body]
     """The inverse of `adapter_merge`, as near as arithmetic allows. Called by merge and unmerge.
 
-    It need not be exact: what it misses is recorded when merging, and put right after it. The nearer it comes, the
-    smaller that record.
+    It need not be exact: what it misses is recorded when merging, and put right after it. The nearer it comes, the smaller
+    that record. Of an additive method it is not called: what `adapter_merge` makes of zeros is taken away.
     """
 
 

@@ -250,7 +250,8 @@ class MethodHooks:
     @property
     def merges_rows(self) -> bool:
         """Whether merge and unmerge can be given blocks of rows."""
-        return all("rows" in self._own[name].argnames for name in ("adapter_merge", "adapter_unmerge"))
+        names = ("adapter_merge", "adapter_unmerge", "adapter_undo")
+        return all("rows" in self._own[name].argnames for name in names if name in self._own)
 
     def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
         merged: Tensor = self._caller("adapter_merge")(config=config, params=params, weight=weight, rows=rows)
@@ -260,9 +261,9 @@ class MethodHooks:
         restored: Tensor = self._caller("adapter_unmerge")(config=config, params=params, weight=weight, rows=rows)
         return restored
 
-    def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-        """Of the whole weight; empty if the method needs nothing."""
-        tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight)
+    def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Empty if the method needs nothing."""
+        tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight, rows=rows)
         return tensors or {}
 
     def param_groups(self, **arguments: Any) -> list[dict[str, Any]] | None:

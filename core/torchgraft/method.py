@@ -66,6 +66,6 @@ class Method:
     roles: Mapping[str, Role] = field(default_factory=dict)
     """Tensor → its role, for `tg.scaled_param_groups`."""
     additive: bool = False
-    """Whether a merge adds what does not depend on the weight: such adapters can be merged in any order."""
+    """Whether a merge adds what does not depend on the weight: such adapters can be merged in any order, and with factors."""
     peft: PeftFormat | None = None
     """None if PEFT has no such method: its adapters are then saved in the native form only."""

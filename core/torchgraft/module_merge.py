@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from torchgraft.dequantized import Dequantized
 from torchgraft.errors import MergeError
-from torchgraft.exact import BITS, Undo, correct, digest, make_correction
+from torchgraft.exact import BITS, Undo, digest, make_correction, restore
 from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
 from torchgraft.module_layers import own_state
-from torchgraft.weights import merged_weight, nearly_unmerged, rounded, undo_tensors
+from torchgraft.tensor_merge import merge_tensor, unmerge_tensor
+from torchgraft.weights import Applied, replacement
 
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
@@ -110,7 +111,8 @@ def _merge_part(name: str, module: nn.Module, part: Part) -> None:
 
 def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
     kind, params, original = part.site.kind, part.tensors(), part.site.stored_weight()
-    merged = merged_weight(part.hooks, name, kind, part.config, params, original)
+    applied, needed = Applied(part.hooks, part.config, params), dict[str, Tensor]()
+    merged = merge_tensor(name, kind, applied, original, needed)
     undo = Undo(
         snapshot=_snapshot(params),
         merged={"weight": digest(merged)},
@@ -122,16 +124,15 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
         undo = replace(undo, form=form_of(module))
         become(module, form_of(Dequantized(merged, module.bias)))  # type: ignore[arg-type]
     else:
-        needed = undo_tensors(part.hooks, kind, part.config, params, original)
-        nearly = nearly_unmerged(part.hooks, kind, part.config, params | needed, merged)
-        undo = replace(undo, corrections={"weight": make_correction(original, nearly, needed)})
+        nearly = unmerge_tensor(kind, applied, merged, needed)
+        undo = replace(undo, correction=make_correction(original, nearly), original=digest(original), needed=needed)
         _write({"weight": module.weight}, {"weight": merged})  # type: ignore[dict-item]
     part.undo = undo
 
 
 def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
     originals, trained = own_state(module), part.module.state_dict()
-    replaced = {key: rounded(f"{name}: {key}", tensor, originals[key]) for key, tensor in trained.items()}
+    replaced = {key: replacement(f"{name}: {key}", tensor, originals[key].shape, originals[key].dtype) for key, tensor in trained.items()}
     undo = Undo(
         originals=_snapshot(originals),
         snapshot=_snapshot(trained),
@@ -153,10 +154,10 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
         become(module, undo.form)
     elif isinstance(part, SitePart):
         weight: Tensor = module.weight  # type: ignore[assignment]
-        correction = undo.corrections["weight"]
-        params = {**undo.snapshot, **correction.needed}
-        nearly = nearly_unmerged(part.hooks, part.site.kind, part.config, params, weight.detach())
-        _write({"weight": weight}, {"weight": correct(nearly, correction, name)})
+        assert undo.correction is not None
+        applied = Applied(part.hooks, part.config, undo.snapshot)
+        nearly = unmerge_tensor(part.site.kind, applied, weight.detach(), dict(undo.needed))
+        _write({"weight": weight}, {"weight": restore(nearly, undo.correction, undo.original, name)})
     else:
         _write(own_state(module), undo.originals)
     part.undo = None

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torchgraft.errors import FileFormatError
+from torchgraft.errors import FileFormatError, TorchgraftWarning
+
+Progress = Callable[[int, int], None]
+"""Called with the number of bytes that were just written, and of all that will be."""
+
+
+def silent(_written: int, _total: int) -> None:
+    """The progress that nobody watches."""
 
 
 @contextmanager
@@ -22,6 +31,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         FileFormatError: `target` exists, or its parent cannot be written.
     """
     refuse_existing(target)
+    _tell_left_over(target)
     made = [path for path in target.absolute().parents if not path.exists()]
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +53,17 @@ def new_directory(target: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise FileFormatError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
         raise
+
+
+def _tell_left_over(target: Path) -> None:
+    """A run that was killed could not clean up after itself."""
+    for path in sorted(target.absolute().parent.glob(f".{glob.escape(target.name)}.*.partial")):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        warnings.warn(
+            f"{path}: left there by an interrupted run ({size:,} bytes); unless one is running now, remove it",
+            TorchgraftWarning,
+            stacklevel=4,
+        )
 
 
 def refuse_existing(target: Path) -> None:

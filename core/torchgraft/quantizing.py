@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchgraft import dtypes, fingerprint
+from torchgraft.bnb_kinds import Linear4bit
 from torchgraft.errors import AttachError
 from torchgraft.quantization import Quantization
 
@@ -59,3 +61,16 @@ def set_weight(layer: Any, weight: Tensor, how: Quantization) -> None:
     layer.weight = parameter.to(weight.device)
     layer.quant_state = layer.weight.quant_state
     layer.__dict__[fingerprint.SOURCE] = fingerprint.of_tensor(weight)
+
+
+def round_trip(weight: Tensor, how: Mapping[str, Any]) -> Tensor:
+    """`weight` (out, in) as a layer computes with it after it was quantised as `how` records: a new tensor.
+
+    Args:
+        how: type, block_size, double and compute_dtype, and `from`, the dtype that was quantised.
+    """
+    settings, dtype = Quantization.recorded(how)
+    out_features, in_features = weight.shape
+    layer = blank_linear(in_features, out_features, False, settings)
+    set_weight(layer, weight.to(dtypes.torch_dtype(dtype)), settings)
+    return Linear4bit().dequantized(layer)

@@ -53,8 +53,11 @@ class Header:
         return sorted(self.tensors.values(), key=lambda entry: (entry.begin, entry.end))
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, alone: bool = False) -> Header:
     """Read and check the header of `path`.
+
+    Args:
+        alone: the file holds a header that was kept without its data.
 
     Raises:
         FileFormatError: the file is missing, truncated, or not valid safetensors.
@@ -75,7 +78,7 @@ def read_header(path: Path) -> Header:
         raise FileFormatError(f"{path}: cannot be read: {error.strerror}") from error
     tensors, metadata = _parse(path, body, data_start=8 + length)
     header = Header(path, start + body, tensors, metadata)
-    _check_coverage(header, data_start=8 + length, size=size)
+    _check_coverage(header, data_start=8 + length, size=None if alone else size)
     return header
 
 
@@ -147,7 +150,7 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def _check_coverage(header: Header, data_start: int, size: int) -> None:
+def _check_coverage(header: Header, data_start: int, size: int | None) -> None:
     position = data_start
     for entry in header.in_file_order:
         if entry.begin != position:
@@ -156,7 +159,7 @@ def _check_coverage(header: Header, data_start: int, size: int) -> None:
                 header.path, f"tensor {entry.name!r} {what} (offset {entry.begin - data_start:,}, expected {position - data_start:,})"
             )
         position = entry.end
-    if position != size:
+    if size is not None and position != size:
         what = "is it truncated?" if position > size else "something was appended"
         raise _broken(header.path, f"its header describes {position:,} bytes, the file has {size:,}: {what}")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint import Checkpoint, read_json
 from torchgraft.errors import FileFormatError
 
 RECORD = "torchgraft_merge.json"
@@ -29,22 +32,68 @@ OTHER_WEIGHTS = [
 """The same weights in other forms. Carried along they would be stale: the merge does not change them."""
 OTHER_DIRECTORIES = ("onnx", "openvino", "original", "coreml", "checkpoint-*", ".git", ".cache")
 
+TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+OF_ADAPTER = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template.*",
+    "preprocessor_config.json",
+    "processor_config.json",
+]
+"""What training saves beside an adapter and the merged model needs: it may have tokens or a chat template of its own."""
 
-def sidecars(checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
-    """The files to carry along and those to leave out, relative to the directory. A single file has none."""
+
+@dataclass(frozen=True)
+class Sidecars:
+    files: Mapping[str, Path]
+    """Name in the output, with slashes → the file that is copied there."""
+    left_out: tuple[str, ...]
+    """The base's, for they hold the same weights in another form."""
+    from_adapter: tuple[str, ...]
+    """Which of `files` are an adapter's and not, or not so, the base's."""
+    base: Mapping[str, Path]
+    """Those of the base that belong to it: what unmerging gives back."""
+
+
+def sidecars_of(checkpoint: Checkpoint, adapters: Iterable[Path] = ()) -> Sidecars:
+    """The files to carry along; a single file has none. An adapter's tokenizer, chat template and processor replace the base's."""
     if not checkpoint.root.is_dir():
-        return [], []
+        return Sidecars({}, (), (), {})
+    base, left_out = _of_base(checkpoint)
+    files, from_adapter = dict(base), list[str]()
+    for directory in adapters:
+        own = {path.name: path for path in sorted(directory.iterdir()) if path.is_file() and _matches(path.name, OF_ADAPTER)}
+        for name, path in own.items():
+            if name not in base or not filecmp.cmp(path, base[name], shallow=False):
+                files[name] = path
+                from_adapter.append(name)
+        if TOKENIZER_CONFIG in own and TEMPLATE not in own and read_json(own[TOKENIZER_CONFIG]).get("chat_template"):
+            files.pop(TEMPLATE, None)  # it would be taken before the one in the adapter's config
+    return Sidecars(files, left_out, tuple(dict.fromkeys(from_adapter)), base)
+
+
+def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
     weights = {header.path for header in checkpoint.headers}
-    carried: list[Path] = []
-    left_out: list[Path] = []
+    carried: dict[str, Path] = {}
+    left_out: list[str] = []
     for path in _files(checkpoint.root):
         relative = path.relative_to(checkpoint.root)
         if path in weights or relative.parts[0] in (RECORD, UNDO):
             continue
         if not path.exists():
             raise FileFormatError(f"{path}: a link to a file that is not there; download or copy it again")
-        (left_out if _is_other_form(relative) else carried).append(relative)
-    return carried, [path for path in left_out if not path.parts[0].startswith(".")]
+        if not _is_other_form(relative):
+            carried[relative.as_posix()] = path
+        elif not relative.parts[0].startswith("."):
+            left_out.append(str(relative))
+    return carried, tuple(left_out)
 
 
 def _files(root: Path) -> list[Path]:
@@ -63,7 +112,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
 def _is_other_form(relative: Path) -> bool:
-    if len(relative.parts) > 1 and any(fnmatchcase(relative.parts[0], pattern) for pattern in OTHER_DIRECTORIES):
-        return True
-    return len(relative.parts) == 1 and any(fnmatchcase(relative.name, pattern) for pattern in OTHER_WEIGHTS)
+    if len(relative.parts) > 1:
+        return _matches(relative.parts[0], OTHER_DIRECTORIES)
+    return _matches(relative.name, OTHER_WEIGHTS)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

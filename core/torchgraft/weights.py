@@ -1,56 +1,164 @@
-"""Merging one weight: the method's arithmetic in float32, rounded once to the weight's own dtype."""
+"""The arithmetic of a merge: in float64, a few rows at a time, rounded once to the weight's own dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchgraft.errors import MergeError
-from torchgraft.kinds import Kind
+from torchgraft.exact import BITS
 from torchgraft.manager import MethodHooks
-from torchgraft.site import from_canonical, to_canonical
 
 
-def merged_weight(hooks: MethodHooks, name: str, kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
-    """`stored` with the adapter in it: a new tensor of the same shape and dtype.
+@dataclass(frozen=True)
+class Applied:
+    """One adapter on one layer, for a merge."""
 
-    Raises:
-        MergeError: an entry that was finite would become NaN or infinite.
+    hooks: MethodHooks
+    config: Any
+    params: Mapping[str, Tensor]
+    factor: float = 1.0
+    """What its change is multiplied with. Only an additive method's can be."""
+
+
+class LayerMerge:
+    """The adapters that are merged into one layer, the first of them first.
+
+    The changes of additive methods are summed up, and the sum is added once: W + Σ f·ΔW. If one of them is not additive,
+    each is merged into what the one before gave.
+
+    Args:
+        rows: out_features.
+        needed: for each adapter, what its hook adapter_undo gave when it was merged.
     """
-    merged = _through(hooks.merge, kind, config, params, stored)
+
+    def __init__(
+        self,
+        applied: Sequence[Applied],
+        rows: int,
+        needed: Sequence[dict[str, Tensor]] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self._applied = applied
+        self._params = [widened(one.params, torch.float64, device) for one in applied]
+        self._rows = rows
+        self.needed = list(needed) or [{} for _ in applied]
+        self.additive = all(one.hooks.method.additive for one in applied)
+        self.by_rows = all(one.hooks.merges_rows for one in applied)
+        self._zeros = torch.empty(0)
+        self._change: tuple[slice, Tensor] | None = None
+
+    def merge(self, weight: Tensor, rows: slice) -> Tensor:
+        """`weight`, the canonical rows `rows` in float64, with the adapters in it. `weight` is overwritten."""
+        if self.additive:
+            return weight.add_(self._sum(weight, rows))
+        for one, params, needed in zip(self._applied, self._params, self.needed, strict=True):
+            self._keep(needed, one.hooks.undo(one.config, params, weight, rows), rows)
+            weight = one.hooks.merge(one.config, params, weight, rows)
+        return weight
+
+    def unmerge(self, merged: Tensor, rows: slice) -> Tensor:
+        """What arithmetic makes of the original rows; a correction puts the rest right. `merged` is overwritten."""
+        if self.additive:
+            return merged.sub_(self._sum(merged, rows))
+        for one, params, needed in reversed(list(zip(self._applied, self._params, self.needed, strict=True))):
+            merged = one.hooks.unmerge(one.config, {**params, **needed}, merged, rows)
+        return merged
+
+    def _sum(self, weight: Tensor, rows: slice) -> Tensor:
+        """Σ f·ΔW: what merging into zeros gives. Unmerging right after merging needs the same again."""
+        if self._change is None or self._change[0] != rows:
+            if self._zeros.shape != weight.shape:
+                self._zeros = torch.zeros_like(weight)
+            changes = (
+                one.factor * change if one.factor != 1 else change
+                for one, params in zip(self._applied, self._params, strict=True)
+                for change in [one.hooks.merge(one.config, params, self._zeros, rows)]
+            )
+            total = next(changes)
+            for change in changes:
+                total = total + change
+            self._change = rows, total
+        return self._change[1]
+
+    def _keep(self, needed: dict[str, Tensor], found: Mapping[str, Tensor], rows: slice) -> None:
+        """What one block of rows gave, at its place among all rows'."""
+        for name, tensor in found.items():
+            if not self.by_rows:
+                needed[name] = tensor
+                continue
+            if name not in needed:
+                needed[name] = tensor.new_zeros(self._rows, *tensor.shape[1:])
+            needed[name][rows] = tensor
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 rounded to `dtype`, to nearest, ties to even, in one step.
+
+    torch goes from float64 to a type of 16 bits by way of float32, which rounds twice. That is wrong only where the first
+    rounding ends halfway between two values of that type.
+    """
+    if dtype.itemsize != 2 or not dtype.is_floating_point:
+        return exact.to(dtype)
+    if dtype != torch.bfloat16 or exact.device.type != "cpu":
+        return _to_odd(exact).to(dtype)
+    narrow = exact.float()
+    result = narrow.to(dtype)
+    # bfloat16 is the upper half of float32, so that is where the lower half is 0x8000.
+    halfway = np.flatnonzero((narrow.view(torch.int32).numpy() & 0xFFFF) == 0x8000)
+    if halfway.size:
+        result.view(-1)[halfway] = _to_odd(exact.reshape(-1)[halfway]).to(dtype)
+    return result
+
+
+def _to_odd(exact: Tensor) -> Tensor:
+    """float64 as float32, whose last bit tells whether anything was cut off: then a second rounding is as good as the only one.
+
+    Boldo & Melquiond 2008, Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd.
+    """
+    narrow = exact.float()
+    bits, back = narrow.view(torch.int32), narrow.double()
+    to_odd = (back != exact) & (bits & 1 == 0) & narrow.isfinite()
+    step = torch.where(back.abs() > exact.abs(), -1, 1).to(torch.int32)  # of the bits: they count away from 0
+    return torch.where(to_odd, bits + step, bits).view(torch.float32)
+
+
+def _magnitudes(tensor: Tensor) -> Tensor:
+    """The bits without the sign, as integers: they are in the order of the absolute values, and fast to look through."""
+    bits = BITS[tensor.element_size()]
+    return tensor.contiguous().view(bits) & torch.iinfo(bits).max
+
+
+def check_finite(name: str, merged: Tensor, stored: Tensor, *params: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        MergeError: an entry of `merged` is NaN or infinite where `stored` is finite.
+    """
+    if not merged.numel() or _magnitudes(merged).max() < _magnitudes(merged.new_tensor(torch.inf)):
+        return
     if not (merged.isfinite() | ~stored.isfinite()).all():
-        raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({_culprit(params, stored)}). Nothing was changed")
-    return merged
+        bad = [key for tensors in params for key, tensor in tensors.items() if not tensor.isfinite().all()]
+        why = f"the adapter's {', '.join(bad)} has them" if bad else f"the sum leaves the range of {merged.dtype}"
+        raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({why}). Nothing was changed")
 
 
-def rounded(name: str, trained: Tensor, original: Tensor) -> Tensor:
-    """A tensor that replaces `original` whole, in its dtype.
+def replacement(name: str, trained: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor that replaces one of `shape` whole, in `dtype`.
 
     Raises:
         MergeError: it has another shape, or an entry is NaN or infinite in that dtype.
     """
-    if trained.shape != original.shape:
-        raise MergeError(f"{name}: the trained tensor has the shape {list(trained.shape)}, the model's {list(original.shape)}")
-    result = trained.to(original.dtype)
+    if list(trained.shape) != list(shape):
+        raise MergeError(f"{name}: the trained tensor has the shape {list(trained.shape)}, the model's {list(shape)}")
+    result = trained.to(dtype)
     if not result.isfinite().all():
-        raise MergeError(f"{name}: the trained tensor has NaN or infinite entries as {original.dtype}. Nothing was changed")
+        raise MergeError(f"{name}: the trained tensor has NaN or infinite entries as {dtype}. Nothing was changed")
     return result
-
-
-@torch.no_grad()
-def undo_tensors(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> dict[str, Tensor]:
-    """What the method needs to unmerge, beside its params and the merged weight."""
-    weight = to_canonical(kind, stored)
-    with exactly(weight):
-        return hooks.undo(config, widened(params, weight), weight)
-
-
-def nearly_unmerged(hooks: MethodHooks, kind: Kind, config: Any, params: Mapping[str, Tensor], merged: Tensor) -> Tensor:
-    """What arithmetic makes of the original weight; `exact.correct` puts the rest right. `params` include `undo_tensors`."""
-    return _through(hooks.unmerge, kind, config, params, merged)
 
 
 def exactly(tensor: Tensor) -> torch.autocast:
@@ -58,18 +166,6 @@ def exactly(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def widened(params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """The adapter's tensors in the type and on the device of a canonical weight."""
-    return {name: tensor.detach().to(weight) if tensor.is_floating_point() else tensor for name, tensor in params.items()}
-
-
-@torch.no_grad()
-def _through(hook: Callable[..., Tensor], kind: Kind, config: Any, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
-    weight = to_canonical(kind, stored)
-    with exactly(weight):
-        return from_canonical(kind, hook(config, widened(params, weight), weight), like=stored)
-
-
-def _culprit(params: Mapping[str, Tensor], stored: Tensor) -> str:
-    bad = [name for name, tensor in params.items() if not tensor.isfinite().all()]
-    return f"the adapter's {', '.join(bad)} has them" if bad else f"the sum leaves the range of {stored.dtype}"
+def widened(params: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors in the type of the arithmetic."""
+    return {name: tensor.detach().to(device, dtype) if tensor.is_floating_point() else tensor for name, tensor in params.items()}

@@ -78,13 +78,13 @@ def adapter_forward(
 @hookimpl
 def adapter_merge(config: AdaloraConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     a, b = _factors(params)
-    return weight + config.scale * (b[rows] @ a)
+    return weight.addmm(b[rows], a, alpha=config.scale)
 
 
 @hookimpl
 def adapter_unmerge(config: AdaloraConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     a, b = _factors(params)
-    return weight - config.scale * (b[rows] @ a)
+    return weight.addmm(b[rows], a, alpha=-config.scale)
 
 
 @hookimpl

@@ -74,7 +74,8 @@ def adapter_shapes(site: tg.Site, config: tg.LowRankConfig) -> dict[str, tuple[i
 def adapter_init(site: tg.Site, config: tg.LowRankConfig, generator: Generator) -> dict[str, Tensor]:
     """m stays in float32 (float64) whatever the config's dtype: rounded, the start would not be the pretrained model."""
     factors = tg.init_factors(site, config, generator)
-    return {**factors, "m": _squared_norm(site.weight()).sqrt().to(factors["A"].device)}
+    weight = site.weight()
+    return {**factors, "m": _squared_norm(weight).sqrt().to(factors["A"].device, weight.dtype)}
 
 
 @hookimpl
@@ -96,20 +97,20 @@ def adapter_forward(
 @hookimpl
 def adapter_merge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     v = _direction(config, params, weight, rows)
-    return _ratio(params["m"][rows], _squared_norm(v).sqrt())[:, None] * v
+    return _exact_ratio(params["m"][rows], _squared_norm(v).sqrt()).to(v.dtype)[:, None] * v
 
 
 @hookimpl
-def adapter_undo(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+def adapter_undo(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> dict[str, Tensor]:
     """‖V‖: it was divided by, and W' does not tell it."""
-    return {"norm": _squared_norm(_direction(config, params, weight, slice(None))).sqrt()}
+    return {"norm": _squared_norm(_direction(config, params, weight, rows)).sqrt()}
 
 
 @hookimpl
 def adapter_unmerge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
-    g = _ratio(params["m"][rows], params["norm"][rows])
+    g = _exact_ratio(params["m"][rows], params["norm"][rows]).to(weight.dtype)
     a, b = tg.factors(params)
-    return weight / g.where(g != 0, 1)[:, None] - config.scale * (b[rows] @ a)
+    return (weight / g.where(g != 0, 1)[:, None]).addmm(b[rows], a, alpha=-config.scale)
 
 
 @hookimpl
@@ -120,7 +121,7 @@ def adapter_param_groups(adapter: tg.Adapter, lr: float, weight_decay: float) ->
 def _direction(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     """V = W₀ + s·B·A, of the rows `rows`."""
     a, b = tg.factors(params)
-    return weight + config.scale * (b[rows] @ a)
+    return weight.addmm(b[rows], a, alpha=config.scale)
 
 
 def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
@@ -138,12 +139,20 @@ def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor])
     with torch.autocast(w.device.type, enabled=False):
         a, b = a.to(w.dtype), b.to(w.dtype)
         frozen = site.cached("squared norm", site.weight_tensors(), lambda: _squared_norm(w))
-        return (frozen + 2 * s * ((w @ a.T) * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)).clamp(min=0).sqrt()
+        squared = frozen + 2 * s * ((w @ a.T) * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
+        return squared.clamp(min=0).sqrt().to(w.dtype)
 
 
 def _squared_norm(weight: Tensor) -> Tensor:
-    """By row; m starts as the root of it, and every other norm is taken in the same way, so that m / ‖V‖ starts at 1 to the last bit."""
-    return weight.square().sum(1)
+    """By row, in float64: m starts as its root, rounded, and every other norm so starts at m to the last bit."""
+    import torch
+
+    return torch.cat([rows.double().square().sum(1) for rows in torch.split(weight, 512)])
+
+
+def _exact_ratio(m: Tensor, norm: Tensor) -> Tensor:
+    """m / norm in float64, for a merge; 1 where they are the same in float32, the type that m has."""
+    return _ratio(m.double(), norm.double()).masked_fill(m.float() == norm.float(), 1)
 
 
 def _ratio(m: Tensor, norm: Tensor) -> Tensor:

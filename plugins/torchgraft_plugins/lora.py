@@ -54,13 +54,13 @@ def adapter_forward(
 @hookimpl
 def adapter_merge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     a, b = tg.factors(params)
-    return weight + config.scale * (b[rows] @ a)
+    return weight.addmm(b[rows], a, alpha=config.scale)
 
 
 @hookimpl
 def adapter_unmerge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
     a, b = tg.factors(params)
-    return weight - config.scale * (b[rows] @ a)
+    return weight.addmm(b[rows], a, alpha=-config.scale)
 
 
 @hookimpl

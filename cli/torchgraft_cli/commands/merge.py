@@ -1,49 +1,103 @@
-"""adapt merge: an adapter into a checkpoint."""
+"""adapt merge: adapters into a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from torchgraft_cli.main import echo_json
-from torchgraft_cli.options import json_option, kind_option, parse_kinds
+from torchgraft_cli.options import json_option, kind_option, parse_adapters, parse_kinds, parse_size
+
+if TYPE_CHECKING:
+    from torchgraft.checkpoint_merge import MergeReport
 
 
-@click.command(short_help="Merge an adapter into a checkpoint.")
+@click.command(short_help="Merge adapters into a checkpoint.")
 @click.argument("model")
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The directory to write; it must not exist."
 )
+@click.option("--dtype", default="", metavar="D", help="Write every float tensor as float32, float16, bfloat16 or float64.")
+@click.option(
+    "--onto",
+    type=click.Choice(["quantized", "original"]),
+    help="Merge into the weights as they were quantized for training (the default if they were), or into the base's own.",
+)
+@click.option("--max-shard-size", metavar="S", help="The largest weight file: 5GB, 500MB. By default, the base's own files.")
 @click.option("--no-verify", is_flag=True, help="Do not read the result back to compare it with the formula.")
 @click.option("--no-undo", is_flag=True, help="Do not keep what 'adapt unmerge' needs.")
 @kind_option
-@click.option("--dry-run", is_flag=True, help="Check everything, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and write nothing.")
 @json_option
 def merge(
-    model: str, adapter: Path, output: Path, no_verify: bool, no_undo: bool, kinds: tuple[str, ...], dry_run: bool, as_json: bool
+    model: str,
+    adapters: tuple[str, ...],
+    output: Path,
+    dtype: str,
+    onto: Any,
+    max_shard_size: str | None,
+    no_verify: bool,
+    no_undo: bool,
+    kinds: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
-    """Merge ADAPTER into MODEL and write the result to OUT, which loads like MODEL, without torchgraft."""
-    from torchgraft.checkpoint import open_checkpoint
-    from torchgraft.checkpoint_merge import merge_checkpoint
-    from torchgraft_cli.render import byte_progress, size
+    """Merge each ADAPTER into MODEL and write the result to OUT, which loads like MODEL, without torchgraft.
 
-    total = sum(header.path.stat().st_size for header in open_checkpoint(model).headers)
-    with byte_progress("merging", total, shown=not as_json and not dry_run) as progress:
+    With weights, A=0.5 B=0.5, the changes are summed up: W + 0.5·ΔA + 0.5·ΔB.
+    """
+    from torchgraft.checkpoint_merge import merge_checkpoint
+    from torchgraft_cli.render import byte_progress
+
+    with byte_progress("merging", shown=not as_json and not dry_run) as progress:
         report = merge_checkpoint(
-            model, adapter, output, verify=not no_verify, undo=not no_undo, dry_run=dry_run, kinds=parse_kinds(kinds), progress=progress
+            model,
+            parse_adapters(adapters),
+            output,
+            dtype=dtype,
+            onto=onto,
+            max_shard_size=parse_size(max_shard_size) if max_shard_size else 0,
+            verify=not no_verify,
+            undo=not no_undo,
+            dry_run=dry_run,
+            kinds=parse_kinds(kinds),
+            progress=progress,
         )
-    document = {key: getattr(report, key) for key in ("merged_tensors", "copied_tensors", "total_bytes", "verified", "undo_bytes")}
     if as_json:
-        echo_json({"output": None if dry_run else str(output), **document, "left_out": list(report.left_out)})
-        return
+        echo_json(_document(report, dry_run))
+    else:
+        _show(report, dry_run, no_undo)
+
+
+def _document(report: MergeReport, dry_run: bool) -> dict[str, Any]:
+    keys = ("merged_tensors", "copied_tensors", "total_bytes", "verified", "undo_bytes", "memory")
+    return {
+        "output": None if dry_run else str(report.output),
+        **{key: getattr(report, key) for key in keys},
+        **{key: list(getattr(report, key)) for key in ("files", "notes", "left_out")},
+    }
+
+
+def _show(report: MergeReport, dry_run: bool, no_undo: bool) -> None:
+    from torchgraft_cli.render import size
+
+    for note in report.notes:
+        click.echo(f"note: {note}")
     sums = f"{report.merged_tensors} tensors merged, {report.copied_tensors} copied, {size(report.total_bytes)}"
     if dry_run:
-        click.echo(f"nothing was written (--dry-run); it would be {sums} in {output}")
+        more = f", … {report.files[-1]}" if len(report.files) > 1 else ""
+        click.echo(f"nothing was written (--dry-run); it would be {sums}, in {report.output}")
+        click.echo(f"weight files: {len(report.files)} ({report.files[0]}{more})")
+        click.echo("no undo record (--no-undo)" if no_undo else f"undo record: about {size(report.undo_bytes)}")
+        click.echo(f"memory: about {size(report.memory)}, beside what torch takes")
         return
-    click.echo(f"wrote {output}: {sums}")
+    click.echo(f"wrote {report.output}: {sums}")
     click.echo(
-        "verified: sampled rows of each merged tensor agree with a float64 reference" if report.verified else "not verified (--no-verify)"
+        "verified: sampled rows of each merged tensor agree with a float64 reference, samples of the others with the base"
+        if report.verified
+        else "not verified (--no-verify)"
     )
-    click.echo("it cannot be unmerged (--no-undo)" if no_undo else f"undo record: {size(report.undo_bytes)}, the adapter included")
+    click.echo("it can be unmerged only with the base (--no-undo)" if no_undo else f"undo record: {size(report.undo_bytes)}")

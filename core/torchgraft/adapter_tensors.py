@@ -1,0 +1,42 @@
+"""The tensors of an adapter that was paired with a base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torchgraft.bases import PairedSite, Pairing
+from torchgraft.errors import PairingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_tensors(pairing: Pairing) -> dict[str, Tensor]:
+    """The adapter's tensors by their names in its file.
+
+    Raises:
+        PairingError: one of them is not finite.
+    """
+    tensors = pairing.files.read_all()
+    if problems := not_finite(pairing, tensors):
+        raise PairingError(problems[0], tuple(problems))
+    return tensors
+
+
+def not_finite(pairing: Pairing, tensors: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the values of the adapter's tensors."""
+    where = {name: (paired.site.name, suffix) for paired in pairing.sites for suffix, name in paired.tensors.items()}
+    where |= {name: (own.rpartition(".")[0], own.rpartition(".")[2]) for own, name in pairing.trained.items()}
+    return [
+        f"{layer}: the adapter's {leaf} has NaN or infinite entries, as after a run that diverged; use an earlier save"
+        for name, (layer, leaf) in where.items()
+        if name in tensors and not tensors[name].isfinite().all()
+    ]
+
+
+def site_tensors(pairing: Pairing, paired: PairedSite, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One site's tensors as the method names them."""
+    found = {suffix: tensors[name] for suffix, name in paired.tensors.items()}
+    if pairing.files.peft and pairing.method.peft is not None:
+        return pairing.method.peft.from_tensors(paired.site, paired.config, found, pairing.config)
+    return found

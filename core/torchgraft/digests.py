@@ -1,0 +1,68 @@
+"""SHA-256 of a checkpoint's tensors, taken in the background while something else keeps the main thread busy."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+from torchgraft.checkpoint import Checkpoint
+from torchgraft.errors import FileFormatError
+
+CHUNK = 1 << 25
+"""Bytes. Each chunk costs a change of threads, and there are milliseconds between two of them while modules are imported."""
+
+
+def digest_range(descriptor: int, begin: int, end: int, where: str, stopped: Callable[[], bool] = lambda: False) -> str:
+    """Of the bytes from `begin` to `end` of an open file; empty if it was stopped.
+
+    Raises:
+        FileFormatError: the file is shorter.
+    """
+    sha, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, end - begin)))
+    while begin < end:
+        if stopped():
+            return ""
+        read = os.preadv(descriptor, [buffer[: min(CHUNK, end - begin)]], begin)
+        if not read:
+            raise became_shorter(where)
+        sha.update(buffer[:read])
+        begin += read
+    return sha.hexdigest()
+
+
+def became_shorter(where: str | Path) -> FileFormatError:
+    return FileFormatError(f"{where}: the file became shorter while it was read")
+
+
+@contextmanager
+def digesting(checkpoint: Checkpoint) -> Iterator[dict[str, str]]:
+    """Fills the dictionary, tensor → digest, in the order of the files, until the block ends.
+
+    What cannot be read is left out: whoever reads it next will say why.
+    """
+    found: dict[str, str] = {}
+    stop = Event()
+    thread = Thread(target=_digest_all, args=(checkpoint, found, stop.is_set), daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _digest_all(checkpoint: Checkpoint, found: dict[str, str], stopped: Callable[[], bool]) -> None:
+    for header in checkpoint.headers:
+        try:
+            with header.path.open("rb", buffering=0) as file:
+                for entry in header.in_file_order:
+                    digest = digest_range(file.fileno(), entry.begin, entry.end, entry.name, stopped)
+                    if not digest:
+                        return
+                    found[entry.name] = digest
+        except (OSError, FileFormatError):
+            return

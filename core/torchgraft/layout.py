@@ -1,0 +1,134 @@
+"""Where every tensor of an output lies: in which file, at which byte, in which dtype. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torchgraft.checkpoint import INDEX, WEIGHTS, Checkpoint, read_json
+from torchgraft.dtypes import ADAPTABLE, SIZES
+from torchgraft.safetensors_header import Header, TensorEntry, dump_header
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of the output: what it is made from, and where it goes."""
+
+    name: str
+    source: str
+    """The checkpoint's tensor that it is made from: the same name, but for one that is added."""
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """Its byte in the output's file."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    name: str
+    """Relative to the output's directory, with slashes."""
+    header: bytes
+    tensors: tuple[Placed, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Layout:
+    files: tuple[OutputFile, ...]
+    index: dict[str, Any]
+    """A new index file; empty if there is none or the checkpoint's own holds."""
+    is_new: bool
+    """Whether files, names or headers differ from the checkpoint's."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def tensors(self) -> Iterator[Placed]:
+        return (tensor for file in self.files for tensor in file.tensors)
+
+
+def plan_layout(checkpoint: Checkpoint, *, dtype: str = "", max_shard_size: int = 0, added: Mapping[str, str] | None = None) -> Layout:
+    """The checkpoint's own files and headers, unless an option asks for others.
+
+    Args:
+        dtype: for every float tensor; empty: each its own.
+        max_shard_size: bytes of a file; a tensor that is larger has a file of its own. 0: the checkpoint's own files.
+        added: name of a new tensor → the tensor that it is a copy of.
+    """
+    if not (dtype or max_shard_size or added):
+        return Layout(tuple(_same(checkpoint, header) for header in checkpoint.headers), {}, is_new=False)
+    shards = [list(_entries(header, dtype, added or {})) for header in checkpoint.headers]
+    names = [relative_name(checkpoint, header) for header in checkpoint.headers]
+    metadata = [header.metadata for header in checkpoint.headers]
+    if max_shard_size:
+        shards = list(_filled((entry for shard in shards for entry in shard), max_shard_size))
+        names = [WEIGHTS] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        metadata = [metadata[0]] * len(shards)
+    files = tuple(_file(name, shard, meta) for name, shard, meta in zip(names, shards, metadata, strict=True))
+    return Layout(files, _index(checkpoint, files), is_new=True)
+
+
+def relative_name(checkpoint: Checkpoint, header: Header) -> str:
+    return header.path.relative_to(checkpoint.directory).as_posix()
+
+
+def _same(checkpoint: Checkpoint, header: Header) -> OutputFile:
+    tensors = tuple(Placed(entry.name, entry.name, entry.dtype, entry.shape, entry.begin) for entry in header.in_file_order)
+    return OutputFile(relative_name(checkpoint, header), header.raw, tensors)
+
+
+def _entries(header: Header, dtype: str, added: Mapping[str, str]) -> Iterator[tuple[str, TensorEntry, str]]:
+    """(name, what it is made from, dtype) of every tensor, an added one after what it copies."""
+    for entry in header.in_file_order:
+        names = [entry.name, *(name for name, source in added.items() if source == entry.name)]
+        for name in names:
+            yield name, entry, dtype if dtype and entry.dtype in ADAPTABLE else entry.dtype
+
+
+def _filled(entries: Iterable[tuple[str, TensorEntry, str]], limit: int) -> Iterator[list[tuple[str, TensorEntry, str]]]:
+    """The entries in their order, in lists of at most `limit` bytes."""
+    shard: list[tuple[str, TensorEntry, str]] = []
+    size = 0
+    for name, entry, dtype in entries:
+        nbytes = entry.numel * SIZES[dtype]
+        if shard and size + nbytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append((name, entry, dtype))
+        size += nbytes
+    if shard:
+        yield shard
+
+
+def _file(name: str, shard: list[tuple[str, TensorEntry, str]], metadata: dict[str, str]) -> OutputFile:
+    # The wider types first, as the safetensors library writes them: every tensor is aligned then.
+    shard = sorted(shard, key=lambda item: -SIZES[item[2]])
+    header = dump_header({name: (dtype, entry.shape) for name, entry, dtype in shard}, metadata)
+    begin, tensors = len(header), []
+    for own, entry, dtype in shard:
+        tensors.append(Placed(own, entry.name, dtype, entry.shape, begin))
+        begin += tensors[-1].nbytes
+    return OutputFile(name, header, tuple(tensors))
+
+
+def _index(checkpoint: Checkpoint, files: tuple[OutputFile, ...]) -> dict[str, Any]:
+    if [file.name for file in files] == [WEIGHTS] or (not checkpoint.root.is_dir() and len(files) == 1):
+        return {}
+    old = read_json(checkpoint.directory / INDEX, missing_ok=True).get("metadata")
+    tensors = [tensor for file in files for tensor in file.tensors]
+    totals = {"total_size": sum(tensor.nbytes for tensor in tensors), "total_parameters": sum(prod(tensor.shape) for tensor in tensors)}
+    return {
+        "metadata": {**(old if isinstance(old, dict) else {}), **totals},
+        "weight_map": {tensor.name: file.name for file in files for tensor in file.tensors},
+    }

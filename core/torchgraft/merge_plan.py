@@ -1,0 +1,249 @@
+"""What a merge will do, decided from headers, configs and names. Nothing is written, and torch is not needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torchgraft.adapter_files import read_adapter
+from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
+from torchgraft.checkpoint import INDEX, Checkpoint
+from torchgraft.dtypes import ADAPTABLE, SIZES
+from torchgraft.errors import ConfigError, MergeError
+from torchgraft.kinds import Kind
+from torchgraft.layout import Layout, Placed, plan_layout
+from torchgraft.manager import MethodHooks, registry
+from torchgraft.merge_record import refuse_merged
+from torchgraft.other_weights import warn_of_other_weights
+from torchgraft.pairing import pair
+from torchgraft.quantization import Quantization
+from torchgraft.sidecars import Sidecars, sha256, sidecars_of
+
+Onto = Literal["quantized", "original"]
+HEAD = "lm_head.weight"
+SPARSE = 8
+"""What is merged takes this many times the bytes of its corrections, or more: 5 to 30 times were measured."""
+WORKING = 160 << 20
+"""Bytes that the workers need for their blocks of rows."""
+WHOLE = 24
+"""Bytes for each entry of a weight that cannot be worked on by blocks of rows."""
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One adapter of a merge."""
+
+    pairing: Pairing
+    hooks: MethodHooks
+    factor: float = 1.0
+
+    @property
+    def path(self) -> Path:
+        return self.pairing.files.directory
+
+
+@dataclass
+class Change:
+    """What makes one tensor differ from the base's."""
+
+    sites: list[tuple[int, PairedSite]] = field(default_factory=list)
+    """The ingredients, by number, that are merged into it, in their order."""
+    replaced: tuple[int, str] | None = None
+    """The ingredient whose tensor of this name takes its place."""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """How the weight is quantised, and dequantised again, before anything is merged into it."""
+
+    @property
+    def kind(self) -> Kind | None:
+        """Of the layer whose weight it is; None if nothing is merged into it."""
+        return self.sites[0][1].site.kind if self.sites else registry().kind("Linear") if self.quantization else None
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    checkpoint: Checkpoint
+    ingredients: Sequence[Ingredient]
+    changes: Mapping[str, Change]
+    """Tensor of the output → what happens to it."""
+    layout: Layout
+    sidecars: Sidecars
+    rewritten: Mapping[str, bytes]
+    """Files beside the weights whose content the merge changes."""
+    notes: Sequence[str]
+    """What was decided that the user may not expect."""
+
+    def is_copied(self, placed: Placed) -> bool:
+        """Whether the tensor's bytes are the checkpoint's."""
+        return placed.name not in self.changes and placed.dtype == self.checkpoint.tensors[placed.source].dtype
+
+    @property
+    def correction_bytes(self) -> int:
+        """About how many the undo record's corrections take: an eighth of what is merged, all of what is replaced or loses bits."""
+        total = 0
+        for placed in self.layout.tensors:
+            stored, change = self.checkpoint.tensors[placed.source], self.changes.get(placed.name)
+            whole = change is not None and (change.replaced or change.quantization)
+            narrower = SIZES[placed.dtype] < SIZES[stored.dtype]
+            if change is not None or narrower:
+                total += (stored.end - stored.begin) // (1 if whole or narrower else SPARSE)
+        return total
+
+    @property
+    def memory(self) -> int:
+        """About how many bytes are needed at a time, beside torch: the adapters, and in each worker some rows in several forms."""
+        adapters = sum(one.pairing.files.tensor_file.stat().st_size for one in self.ingredients)
+        whole = [
+            self.checkpoint.tensors[name].numel * WHOLE
+            for name, change in self.changes.items()
+            if change.quantization or not all(self.ingredients[number].hooks.merges_rows for number, _ in change.sites)
+        ]
+        return adapters + WORKING + max(whole, default=0)
+
+
+def plan_merge(
+    checkpoint: Checkpoint,
+    adapters: Mapping[str | Path, float],
+    *,
+    dtype: str = "",
+    onto: Onto | None = None,
+    max_shard_size: int = 0,
+    kinds: Mapping[str, str] | None = None,
+) -> MergePlan:
+    """Pair every adapter with the checkpoint, and refuse what must not be merged.
+
+    Raises:
+        FileFormatError, PairingError: a file is broken, or an adapter does not fit.
+        MergeError: an adapter is merged already, a weight is shared, or the adapters cannot be combined.
+        ConfigError: an option has no such value.
+    """
+    if dtype and dtype not in ADAPTABLE:
+        raise ConfigError(f"dtype: {dtype!r}; it can be {', '.join(sorted(ADAPTABLE))}")
+    base = base_of_checkpoint(checkpoint, kinds)
+    ingredients = [_ingredient(checkpoint, base, path, factor) for path, factor in adapters.items()]
+    _refuse_same(ingredients)
+    notes: list[str] = []
+    changes = _changes(ingredients, notes)
+    _set_quantization(changes, ingredients, base, onto, notes)
+    added = _untied(changes, base, notes)
+    sidecars = sidecars_of(checkpoint, [ingredient.path for ingredient in ingredients])
+    if sidecars.from_adapter:
+        notes.append(f"taken from the adapter, not the base: {', '.join(sidecars.from_adapter)}")
+    layout = plan_layout(checkpoint, dtype=dtype, max_shard_size=max_shard_size, added=added)
+    return MergePlan(checkpoint, ingredients, changes, layout, sidecars, _rewritten(checkpoint, layout, sidecars, dtype, added), notes)
+
+
+def _ingredient(checkpoint: Checkpoint, base: Base, path: str | Path, factor: float) -> Ingredient:
+    files = read_adapter(path)
+    refuse_merged(checkpoint, files)
+    pairing = pair(files, base).demand(base)
+    return Ingredient(pairing, registry().hooks(pairing.method.name), factor)
+
+
+def _refuse_same(ingredients: Sequence[Ingredient]) -> None:
+    hashes = [sha256(one.pairing.files.tensor_file) for one in ingredients] if len(ingredients) > 1 else []
+    for number, found in enumerate(hashes):
+        if found in hashes[:number]:
+            raise MergeError(f"{ingredients[number].path}: this adapter is given twice; give it once, with the sum of the weights")
+
+
+def _changes(ingredients: Sequence[Ingredient], notes: list[str]) -> dict[str, Change]:
+    changes: dict[str, Change] = {}
+    for number, ingredient in enumerate(ingredients):
+        for paired in ingredient.pairing.sites:
+            changes.setdefault(f"{paired.site.name}.weight", Change()).sites.append((number, paired))
+    for number, ingredient in enumerate(ingredients):
+        for name, tensor in ingredient.pairing.trained.items():
+            if ingredient.factor != 1:
+                raise MergeError(
+                    f"{name}: {ingredient.path} holds it trained whole, which cannot be merged with a weight of {ingredient.factor:g}"
+                )
+            if name in changes:
+                raise MergeError(
+                    f"{name}: {ingredient.path} holds it trained whole, and another adapter changes it, too; merge one of them"
+                )
+            changes[name] = Change(replaced=(number, tensor))
+    ordered = [one for one in ingredients if not one.hooks.method.additive]
+    for one in ordered:
+        if one.factor != 1:
+            raise MergeError(
+                f"{one.path}: the change that {one.hooks.method.name} makes depends on the weight, so it cannot be merged with a "
+                f"weight of {one.factor:g}; only additive methods can"
+            )
+    if ordered and len(ingredients) > 1:
+        names = ", ".join(f"{one.path} ({one.hooks.method.name})" for one in ingredients)
+        notes.append(f"merged in this order, for what {ordered[0].hooks.method.name} does depends on it: {names}")
+    return changes
+
+
+def _set_quantization(
+    changes: dict[str, Change], ingredients: Sequence[Ingredient], base: Base, onto: Onto | None, notes: list[str]
+) -> None:
+    """`onto` quantized: every layer that an adapter's base had quantised is merged onto what it was trained against."""
+    recorded: dict[str, dict[str, Any]] = {}
+    for one in ingredients:
+        native = one.pairing.files.native
+        of_sites = {
+            site["name"]: {**site["quantization"], "from": site["dtype"]} for site in native.get("sites", []) if site.get("quantization")
+        }
+        for name, how in {**native.get("quantized", {}), **of_sites}.items():
+            if recorded.setdefault(name, how) != how:
+                raise MergeError(f"{name}: the adapters were trained on different quantizations of it; say --onto original")
+    if onto == "quantized" and not recorded:
+        raise MergeError("--onto quantized: no adapter records how its base was quantized; merge with --onto original")
+    int8 = [name for name, how in recorded.items() if how.get("type") == "int8"]
+    if onto == "quantized" and int8:
+        raise MergeError(f"{int8[0]}: it was trained on 8-bit weights, whose round trip is not supported; say --onto original")
+    if not recorded or onto == "original" or int8:
+        for one in ingredients:
+            warn_of_other_weights(one.pairing.files, [paired.site for paired in one.pairing.sites])
+        return
+    for name, how in recorded.items():
+        layer = base.layers.get(name)
+        if layer is None or layer.kind != "Linear":
+            raise MergeError(
+                f"{name}: it was quantized when the adapter was trained, and the base has no such linear layer; say --onto original"
+            )
+        Quantization.recorded(how)
+        changes.setdefault(f"{name}.weight", Change()).quantization = how
+    notes.append(
+        f"merged onto the weights as quantized, which the adapter was trained against ({len(recorded)} layers); "
+        "--onto original takes the base's own"
+    )
+
+
+def _untied(changes: Mapping[str, Change], base: Base, notes: list[str]) -> dict[str, str]:
+    """An output head of its own for a model whose head was the input embedding, if that is changed: name → the embedding's."""
+    for name in changes:
+        layer = base.layers.get(name.rpartition(".")[0])
+        if layer is None or not layer.tied or not name.endswith(".weight"):
+            continue
+        if layer.tied != (HEAD.removesuffix(".weight"),) or HEAD in base.tensors:
+            raise MergeError(
+                f"{layer.name}: its weight is also that of {', '.join(layer.tied)} (config.json ties them), so merging would change both. "
+                "Untie them first: save the model with tie_word_embeddings=False and a head of its own"
+            )
+        notes.append(f"{layer.name} was tied to the output head; the head gets a weight of its own ({HEAD}), which is the base's")
+        return {HEAD: name}
+    return {}
+
+
+def _rewritten(checkpoint: Checkpoint, layout: Layout, sidecars: Sidecars, dtype: str, added: Mapping[str, str]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    if layout.is_new and (layout.index or INDEX in sidecars.files):
+        found[INDEX] = _json(layout.index)  # empty: one file has none
+    if "config.json" in sidecars.files and (dtype or added):
+        config = deepcopy(checkpoint.config)
+        for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part and dtype})
+        if added:
+            config["tie_word_embeddings"] = False
+        found["config.json"] = _json(config)
+    return found
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode() if document else b""

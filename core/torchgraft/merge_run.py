@@ -1,0 +1,122 @@
+"""Carrying out the plan of a merge: each tensor of the output is copied by the kernel, or made a few rows at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from torchgraft import dtypes
+from torchgraft.adapter_tensors import read_tensors, site_tensors
+from torchgraft.bases import PairedSite
+from torchgraft.digests import digest_range
+from torchgraft.exact import as_bytes, make_correction
+from torchgraft.file_blocks import FileBlocks, FileTensor, blocks_of, copy_bytes
+from torchgraft.layout import OutputFile, Placed
+from torchgraft.merge_plan import Change, MergePlan
+from torchgraft.output import Progress
+from torchgraft.rewriting import Workers, opened, start_files
+from torchgraft.tensor_merge import TensorMerge
+from torchgraft.undo_record import Corrections, UndoWriter
+from torchgraft.weights import Applied
+
+
+@dataclass
+class Written:
+    """What came of one tensor."""
+
+    placed: Placed
+    digest: str
+    """Of the base's tensor."""
+    corrections: Corrections
+    needed: Sequence[dict[str, Tensor]] = ()
+
+
+class MergeRun:
+    """
+    Args:
+        digests: of the base's tensors, as far as they are known already.
+
+    Raises:
+        PairingError: an adapter has NaN or infinite entries.
+    """
+
+    def __init__(self, plan: MergePlan, digests: Mapping[str, str]) -> None:
+        self.plan, self._digests = plan, digests
+        self._tensors = [read_tensors(one.pairing) for one in plan.ingredients]
+
+    def write(self, directory: Path, corrections: Path | None, progress: Progress) -> dict[str, str]:
+        """Write every weight file to `directory`, and what undoes it to `corrections`. Returns the digests of the base's tensors."""
+        start_files(self.plan.layout, directory)
+        workers = Workers(self.plan.layout.nbytes, progress)
+
+        def work(job: tuple[OutputFile, Placed]) -> Written:
+            return self._write(directory, *job, workers, keep=corrections is not None)
+
+        digests = {}
+        with nullcontext() if corrections is None else UndoWriter(corrections) as undo:
+            with closing(workers.map(work, jobs(self.plan))) as results:
+                for written in results:
+                    digests[written.placed.source] = written.digest
+                    if undo is not None and written.corrections.blocks:
+                        undo.add(written.placed.name, written.corrections, written.needed)
+            if undo is not None:
+                undo.finish()
+        return digests
+
+    def tensor_merge(self, placed: Placed, source: FileTensor) -> TensorMerge:
+        """The arithmetic of one tensor that is not only copied."""
+        change, written = self.plan.changes.get(placed.name, Change()), dtypes.torch_dtype(placed.dtype)
+        trained = None if change.replaced is None else self._tensors[change.replaced[0]][change.replaced[1]]
+        applied = [self._applied(number, paired) for number, paired in change.sites]
+        start = _start(change.quantization, source)
+        return TensorMerge(placed.name, placed.shape, source.dtype, written, change.kind, applied, trained=trained, start=start)
+
+    def _applied(self, number: int, paired: PairedSite) -> Applied:
+        one = self.plan.ingredients[number]
+        return Applied(one.hooks, paired.config, site_tensors(one.pairing, paired, self._tensors[number]), one.factor)
+
+    def _write(self, directory: Path, file: OutputFile, placed: Placed, workers: Workers, *, keep: bool) -> Written:
+        with opened(self.plan.checkpoint, directory, file, placed) as (source, target):
+            written = Written(placed, self._digests.get(placed.source, ""), Corrections())
+            if self.plan.is_copied(placed):
+                for nbytes in copy_bytes(source, target):
+                    workers.advance(nbytes)
+            else:
+                self._rewrite(source, target, written, workers, keep=keep)
+            written.digest = written.digest or digest_range(source.descriptor, source.begin, source.begin + source.nbytes, source.where)
+            return written
+
+    def _rewrite(self, source: FileTensor, target: FileTensor, written: Written, workers: Workers, *, keep: bool) -> None:
+        merge = self.tensor_merge(written.placed, source)
+        blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
+        sha = hashlib.sha256() if isinstance(blocks, FileBlocks) and not written.digest else None
+        for rows in blocks.rows:
+            original = blocks.read(rows)
+            if sha is not None:  # the rows are at hand, and come as they lie
+                sha.update(as_bytes(original))
+            merged = merge.merged(original, rows)
+            blocks.write(rows, merged)
+            if keep:
+                written.corrections.append(rows, make_correction(original, merge.nearly(merged, rows)))
+            workers.advance(merged.nbytes)
+        if sha is not None:
+            written.digest = sha.hexdigest()
+        written.needed = merge.needed
+
+
+def jobs(plan: MergePlan) -> list[tuple[OutputFile, Placed]]:
+    """Every tensor of the output, with its file."""
+    return [(file, placed) for file in plan.layout.files for placed in file.tensors]
+
+
+def _start(quantization: Mapping[str, object], source: FileTensor) -> Tensor | None:
+    if not quantization:
+        return None
+    from torchgraft.quantizing import round_trip  # bitsandbytes takes seconds
+
+    return round_trip(source.mapped(written=False), quantization)

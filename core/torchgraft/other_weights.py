@@ -1,0 +1,42 @@
+"""Telling where an adapter meets other weights than those that it was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torchgraft.adapter_files import AdapterFiles
+from torchgraft.errors import TorchgraftWarning
+from torchgraft.site import Site
+
+
+def warn_of_other_weights(files: AdapterFiles, sites: Iterable[Site]) -> None:
+    """Say where an adapter that was trained on quantised weights, or over other adapters, meets other weights."""
+    recorded = {site["name"]: site for site in files.native.get("sites", [])}
+    quantized, alone = [], []
+    for site in sites:
+        record = recorded.get(site.name, {})
+        if "quantization" in record and _codes(record["quantization"]) != _codes(site.quantization):
+            quantized.append(site)
+        if record.get("beneath") and not (site.beneath and site.beneath.names()):
+            alone.append(site)
+    if quantized:
+        was, now = recorded[quantized[0].name]["quantization"], quantized[0].quantization or quantized[0].dtype
+        _warn(
+            quantized,
+            f"it was trained on quantized weights, {was}, and here they are {now}: its effect will not be quite the same",
+        )
+    if alone:
+        names = ", ".join(recorded[alone[0].name]["beneath"])
+        _warn(alone, f"it was trained over {names}, and depends on that: it must be in the weights or on the layer before")
+
+
+def _codes(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides about the stored weight; a layer may settle in its first forward what it computes in."""
+    return {key: value for key, value in quantization.items() if key != "compute_dtype"}
+
+
+def _warn(sites: list[Site], text: str) -> None:
+    more = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
+    warnings.warn(f"{sites[0].name}{more}: {text}", TorchgraftWarning, stacklevel=4)

@@ -1,0 +1,124 @@
+"""How one tensor becomes that of the merge, and back again, a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torchgraft.blocks import MemoryBlocks
+from torchgraft.kinds import Kind, Shape
+from torchgraft.weights import Applied, LayerMerge, check_finite, exactly, replacement, rounded
+
+
+class TensorMerge:
+    """
+    Args:
+        stored: its dtype in the base.
+        written: its dtype in the merge.
+        kind: of the layer whose weight it is; None if nothing is merged into it.
+        applied: the adapters that are merged into it.
+        trained: an adapter's tensor that takes its place.
+        start: what the adapters are merged into, canonical, where that is not the base's own weight.
+        needed: for each adapter, what unmerging needs; filled by merging.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: Shape,
+        stored: torch.dtype,
+        written: torch.dtype,
+        kind: Kind | None = None,
+        applied: Sequence[Applied] = (),
+        *,
+        trained: Tensor | None = None,
+        start: Tensor | None = None,
+        needed: Sequence[dict[str, Tensor]] = (),
+        device: torch.device | None = None,
+    ) -> None:
+        self.name, self.kind, self._stored, self._written = name, kind, stored, written
+        self._trained = None if trained is None else replacement(name, trained, shape, written).reshape(-1, 1)
+        self._start, self._applied = start, applied
+        self._layer = LayerMerge(applied, kind.canonical_shape(shape)[0], needed, device) if applied and kind else None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it can be done by blocks of rows."""
+        return self._layer is None or self._layer.by_rows
+
+    @property
+    def needed(self) -> Sequence[dict[str, Tensor]]:
+        return self._layer.needed if self._layer is not None else ()
+
+    def merged(self, original: Tensor, rows: slice) -> Tensor:
+        """The rows of the merge.
+
+        Raises:
+            MergeError: an entry that was finite would become NaN or infinite.
+        """
+        if self._trained is not None:
+            return self._trained[rows]
+        weight = (original if self._start is None else self._start[rows]).to(torch.float64, copy=True)
+        result = rounded(self._layer.merge(weight, rows) if self._layer is not None else weight, self._written)
+        check_finite(self.name, result, original, *(one.params for one in self._applied))
+        return result
+
+    def nearly(self, merged: Tensor, rows: slice) -> Tensor:
+        """What arithmetic makes of the base's rows; a correction puts the rest right."""
+        weight = merged.to(torch.float64, copy=True)
+        return (self._layer.unmerge(weight, rows) if self._layer is not None else weight).to(self._stored)
+
+    def expected(self, original: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The rows of the merge by the method's own formula in float64, and how far from it each may be."""
+        if self._trained is not None:
+            return self._trained[rows].double(), torch.zeros(1)
+        weight = original.double() if self._start is None else self._start[rows].double()
+        result = reference(self._applied, weight, rows)
+        smallest = torch.finfo(self._written).smallest_normal
+        largest = result.abs().amax() + weight.abs().amax()
+        return result, torch.finfo(self._written).eps * (result.abs() + smallest) + 16 * torch.finfo(torch.float64).eps * largest
+
+
+@torch.no_grad()
+def merge_tensor(name: str, kind: Kind, applied: Applied, stored: Tensor, needed: dict[str, Tensor]) -> Tensor:
+    """`stored` with one adapter in it: a new tensor. `needed` is filled with what unmerging will need.
+
+    Raises:
+        MergeError: an entry that was finite would become NaN or infinite.
+    """
+    merge = _in_memory(name, kind, applied, stored, needed)
+    return _by_blocks(merge, kind, stored, merge.merged)
+
+
+@torch.no_grad()
+def unmerge_tensor(kind: Kind, applied: Applied, merged: Tensor, needed: dict[str, Tensor]) -> Tensor:
+    """What arithmetic makes of the original weight: a new tensor."""
+    merge = _in_memory("", kind, applied, merged, needed)
+    return _by_blocks(merge, kind, merged, merge.nearly)
+
+
+def _in_memory(name: str, kind: Kind, applied: Applied, stored: Tensor, needed: dict[str, Tensor]) -> TensorMerge:
+    shape, dtype = tuple(stored.shape), stored.dtype
+    return TensorMerge(name, shape, dtype, dtype, kind, [applied], needed=[needed], device=stored.device)
+
+
+def _by_blocks(merge: TensorMerge, kind: Kind, stored: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    result = torch.empty_like(stored, memory_format=torch.contiguous_format)
+    blocks = MemoryBlocks(kind, stored, result, by_rows=merge.by_rows)
+    with exactly(stored):
+        for rows in blocks.rows:
+            blocks.write(rows, change(blocks.read(rows), rows))
+    return result
+
+
+@torch.no_grad()
+def reference(applied: Sequence[Applied], weight: Tensor, rows: slice) -> Tensor:
+    """What `LayerMerge` computes, one adapter after the other and in float64. A factor f takes f of the change."""
+    params = [{key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in one.params.items()} for one in applied]
+    result = weight
+    for one, own in zip(applied, params, strict=True):
+        merged = one.hooks.merge(one.config, own, result if one.factor == 1 else weight, rows)
+        result = merged if one.factor == 1 else result + one.factor * (merged - weight)
+    return result

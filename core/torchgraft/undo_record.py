@@ -1,0 +1,129 @@
+"""The corrections of a merge in one safetensors file, written as they come and read tensor by tensor.
+
+NAME#blocks            int64 (blocks, 4): for each block of canonical rows, its last row + 1 and the lengths of its three parts
+NAME#gap, #step, #wide the parts of all blocks' corrections, one after the other (see `exact`)
+NAME#needed.N.KEY      what the method of adapter N asked for, by its hook adapter_undo
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchgraft import dtypes
+from torchgraft.checkpoint import Checkpoint, open_checkpoint
+from torchgraft.errors import FileFormatError
+from torchgraft.exact import Correction, as_bytes
+from torchgraft.file_blocks import FileTensor, copy_bytes
+from torchgraft.safetensors_header import dump_header
+
+
+class Corrections:
+    """Those of one tensor's blocks while they are made. Few large pieces of memory: many small ones would scatter it."""
+
+    def __init__(self) -> None:
+        self.blocks: list[list[int]] = []
+        self.parts: dict[str, tuple[str, bytearray]] = {}
+        """Label → dtype and data."""
+
+    def append(self, rows: slice, correction: Correction) -> None:
+        parts = {"gap": correction.gap, "step": correction.step, "wide": correction.wide}
+        self.blocks.append([rows.stop, *(part.numel() for part in parts.values())])
+        for label, part in parts.items():
+            self.parts.setdefault(label, (dtypes.name_of(part.dtype), bytearray()))[1].extend(as_bytes(part))
+
+
+@dataclass(frozen=True)
+class TensorUndo:
+    """How one tensor is restored."""
+
+    blocks: Sequence[tuple[slice, Correction]]
+    needed: Sequence[dict[str, Tensor]]
+    """For each adapter on it."""
+
+
+class UndoWriter(ExitStack):
+    """Tensors are added one by one; `finish` puts the header before them."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._data = path, path.with_suffix(".data")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.enter_context(self._data.open("wb"))
+        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def add(self, name: str, corrections: Corrections, needed: Sequence[dict[str, Tensor]]) -> None:
+        blocks = torch.tensor(corrections.blocks, dtype=torch.int64).reshape(-1, 4)
+        self._write(f"{name}#blocks", "int64", tuple(blocks.shape), as_bytes(blocks))
+        for label in ("gap", "step", "wide"):
+            dtype, data = corrections.parts.get(label, ("uint8", bytearray()))
+            self._write(f"{name}#{label}", dtype, (len(data) // dtypes.SIZES[dtype],), memoryview(data))
+        for number, tensors in enumerate(needed):
+            for key, tensor in tensors.items():
+                self._write(f"{name}#needed.{number}.{key}", dtypes.name_of(tensor.dtype), tuple(tensor.shape), as_bytes(tensor))
+
+    def finish(self) -> None:
+        self._file.flush()
+        header = dump_header(self._tensors, {"format": "pt"})
+        with self._data.open("rb") as source, self._path.open("wb", buffering=0) as target:
+            target.write(header)
+            size = os.fstat(source.fileno()).st_size
+            here = FileTensor(source.fileno(), 0, (size,), "uint8", str(self._data))
+            for _ in copy_bytes(here, FileTensor(target.fileno(), len(header), (size,), "uint8", str(self._path))):
+                pass
+        self._data.unlink()
+
+    def _write(self, name: str, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
+        self._tensors[name] = dtype, shape
+        self._file.write(data)
+
+
+class UndoReader:
+    """
+    Raises:
+        FileFormatError: the file is missing or broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._checkpoint: Checkpoint = open_checkpoint(path)
+        self._path = path
+        self._needed: dict[str, list[tuple[int, str, str]]] = {}
+        for key in self._checkpoint.tensors:
+            name, _, rest = key.partition("#needed.")
+            if rest:
+                number, _, own = rest.partition(".")
+                self._needed.setdefault(name, []).append((int(number), own, key))
+
+    @property
+    def names(self) -> set[str]:
+        return {key.removesuffix("#blocks") for key in self._checkpoint.tensors if key.endswith("#blocks")}
+
+    def read(self, name: str, adapters: int) -> TensorUndo:
+        try:
+            table, gap, step, wide = (self._checkpoint.read(f"{name}#{label}") for label in ("blocks", "gap", "step", "wide"))
+            blocks = list(_cut(table.tolist(), gap, step, wide))
+            needed: list[dict[str, Tensor]] = [{} for _ in range(adapters)]
+            for number, own, key in self._needed.get(name, []):
+                needed[number][own] = self._checkpoint.read(key)
+        except (KeyError, IndexError, ValueError):
+            raise FileFormatError(f"{self._path}: what it holds of {name!r} is incomplete; copy the merged directory again") from None
+        return TensorUndo(blocks, needed)
+
+
+def _cut(table: Sequence[Sequence[int]], gap: Tensor, step: Tensor, wide: Tensor) -> Iterator[tuple[slice, Correction]]:
+    first, places = 0, [0, 0, 0]
+    for last, *lengths in table:
+        ends = [place + length for place, length in zip(places, lengths, strict=True)]
+        if last <= first or min(lengths) < 0 or any(end > len(part) for end, part in zip(ends, (gap, step, wide), strict=True)):
+            raise ValueError
+        yield (
+            slice(first, last),
+            Correction(*(part[begin:end] for part, begin, end in zip((gap, step, wide), places, ends, strict=True))),
+        )
+        first, places = last, ends

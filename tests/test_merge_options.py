@@ -1,0 +1,401 @@
+"""What a merge of files can do beyond one adapter into the base's own files: each against a dense float64 reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import torchgraft as tg
+from models import perturb_
+from torchgraft import blocks
+from torchgraft.errors import ConfigError, FileFormatError, MergeError, TorchgraftError, TorchgraftWarning
+
+LAYERS = {"q_proj": (8, 8), "up_proj": (24, 8), "down_proj": (8, 24)}
+
+
+class Small(nn.Module):
+    """Square, tall and wide linear layers, an embedding, and a head."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = nn.Embedding(16, 8)
+        self.q_proj, self.up_proj, self.down_proj = (nn.Linear(k, d, bias=False) for d, k in LAYERS.values())
+        self.head = nn.Linear(8, 3)
+        self.register_buffer("steps", torch.arange(5))
+        self.to(dtype)
+
+
+def write_model(folder: Path, model: nn.Module, shards: int = 1, config: Mapping[str, Any] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    tensors = model.state_dict()
+    names = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"made": "here"}, "weight_map": names}))
+    else:
+        names = dict.fromkeys(tensors, "model.safetensors")
+    for file in set(names.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if names[name] == file}, folder / file, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "small", "dtype": "bfloat16", **(config or {})}))
+    return folder
+
+
+def make_adapter(folder: Path, method: str = "lora", seed: int = 0, **options: Any) -> Path:
+    model = options.pop("model", None) or Small(torch.float32)
+    adapter = tg.apply(model, method, options.pop("targets", list(LAYERS)), **options)
+    perturb_(adapter.parameters(), seed=seed)
+    adapter.save(folder)
+    return folder
+
+
+def dense(folder: Path, weight: Tensor, layer: str, rank: int = 8, alpha: float = 16) -> Tensor:
+    """ΔW of an adapter of the low-rank kind, in float64."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = (tensors[f"base_model.model.{layer}.lora_{letter}.weight"].double() for letter in "AB")
+    return alpha / rank * (b @ a)
+
+
+def dense_dora(folder: Path, weight: Tensor, layer: str) -> Tensor:
+    """W' of a DoRA on `weight`, in float64."""
+    v = weight.double() + dense(folder, weight, layer)
+    m = load_file(folder / "adapter_model.safetensors")[f"base_model.model.{layer}.lora_magnitude_vector"].double()
+    return m[:, None] * v / v.norm(dim=1, keepdim=True)
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """To nearest, once: torch rounds twice from float64 to 16 bits, so the nearest of the neighbours is looked up."""
+    first = exact.to(dtype)
+    if dtype.itemsize > 2:
+        return first
+    bits = first.view(torch.int16)
+    near = torch.stack([(bits + step).view(dtype) for step in (-1, 0, 1)])
+    distance = (near.double() - exact).abs().nan_to_num(nan=torch.inf)
+    odd = (near.view(torch.int16) & 1).double()
+    return near.gather(0, torch.where(distance == distance.amin(0), odd, torch.inf).argmin(0, keepdim=True))[0]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def assert_close_to_once_rounded(found: Tensor, exact: Tensor) -> None:
+    expected = rounded(exact, found.dtype)
+    steps = (found.view(torch.int16).int() - expected.view(torch.int16).int()).abs() if found.element_size() == 2 else (found != expected)
+    assert steps.max() <= 1
+    assert (steps > 0).sum() <= max(1, found.numel() // 100)
+
+
+@pytest.fixture(params=[1 << 18, 20], ids=["whole", "blocks"])
+def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor in one block, and in many."""
+    monkeypatch.setitem(blocks.ENTRIES, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_additive_adapters_are_summed_up_with_their_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = write_model(tmp_path / "base", Small(dtype), shards=2)
+    adapters = [make_adapter(tmp_path / f"a{seed}", method, seed) for seed, method in enumerate(["lora", "loraplus", "lora"])]
+    factors = dict(zip(adapters, [0.5, -1.25, 1.0], strict=True))
+    report = tg.merge_checkpoint(base, factors, tmp_path / "out")
+    assert (report.merged_tensors, report.verified, report.notes) == (3, True, ())
+    before, found = all_tensors(base), all_tensors(tmp_path / "out")
+    for name, tensor in found.items():
+        layer = name.removesuffix(".weight")
+        if layer in LAYERS:
+            change = sum(factor * dense(adapter, before[name], layer) for adapter, factor in factors.items())
+            assert_close_to_once_rounded(tensor, before[name].double() + change)
+        else:
+            assert tensor.equal(before[name])
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
+
+
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("methods", [("lora", "dora"), ("dora", "lora"), ("dora", "dora")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_depends_on_order_is_merged_in_the_given_one_and_says_so(tmp_path: Path, methods: tuple[str, str], dtype: torch.dtype) -> None:
+    base = write_model(tmp_path / "base", Small(dtype))
+    adapters = [make_adapter(tmp_path / f"a{seed}", method, seed) for seed, method in enumerate(methods)]
+    report = tg.merge_checkpoint(base, dict.fromkeys(adapters, 1.0), tmp_path / "out")
+    (note,) = report.notes
+    assert note.startswith("merged in this order")
+    assert note.index(str(adapters[0])) < note.index(str(adapters[1]))
+    before, found = all_tensors(base), all_tensors(tmp_path / "out")
+    for layer in LAYERS:
+        exact = before[f"{layer}.weight"].double()
+        for adapter, method in zip(adapters, methods, strict=True):
+            exact = dense_dora(adapter, exact, layer) if method == "dora" else exact + dense(adapter, exact, layer)
+        tolerance = {torch.bfloat16: 2**-8, torch.float32: 3e-7}[dtype]
+        torch.testing.assert_close(found[f"{layer}.weight"].double(), exact, rtol=tolerance, atol=1e-9)
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
+
+
+def test_what_cannot_be_combined_is_refused(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", Small())
+    lora, dora = make_adapter(tmp_path / "lora"), make_adapter(tmp_path / "dora", "dora")
+    head = [make_adapter(tmp_path / f"head{seed}", seed=seed, also_train=["head"], targets=["q_proj"]) for seed in (0, 1)]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in lora.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    before = tree(tmp_path)
+    cases: list[tuple[dict[str | Path, float], str]] = [
+        ({dora: 0.5}, "dora makes depends on the weight.*0.5"),
+        ({head[0]: 0.5}, r"head\.(weight|bias): .*trained whole.*0.5"),
+        ({head[0]: 1.0, head[1]: 1.0}, r"head\.(weight|bias): .*another adapter"),
+        ({lora: 1.0, copy: 1.0}, "copy: this adapter is given twice"),
+    ]
+    for adapters, match in cases:
+        with pytest.raises(MergeError, match=match):
+            tg.merge_checkpoint(base, adapters, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"dtype: 'int8'; it can be bfloat16"):
+        tg.merge_checkpoint(base, lora, tmp_path / "out", dtype="int8")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("written", ["float32", "bfloat16", "float16", "float64"])
+def test_every_float_tensor_is_rounded_once_to_another_dtype(tmp_path: Path, stored: torch.dtype, written: str) -> None:
+    base = write_model(tmp_path / "base", Small(stored), shards=3, config={"torch_dtype": "x", "text_config": {"dtype": "y", "size": 3}})
+    adapter = make_adapter(tmp_path / "a", also_train=["head"])
+    tg.merge_checkpoint(base, adapter, tmp_path / "out", dtype=written)
+    before, found = all_tensors(base), all_tensors(tmp_path / "out")
+    trained = load_file(adapter / "adapter_model.safetensors")
+    assert found.keys() == before.keys()
+    for name, tensor in found.items():
+        layer = name.removesuffix(".weight")
+        assert str(tensor.dtype) == ("torch.int64" if name == "steps" else f"torch.{written}")
+        if name == "steps":
+            assert tensor.equal(before[name])
+        elif name.startswith("head."):
+            assert tensor.equal(trained[f"base_model.model.{name}"].to(tensor.dtype))
+        else:
+            change = dense(adapter, before[name], layer) if layer in LAYERS else 0
+            exact = before[name].double() + change
+            if written == "float64":
+                torch.testing.assert_close(tensor, exact, rtol=1e-14, atol=1e-15)
+            else:
+                assert_close_to_once_rounded(tensor, exact)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["torch_dtype"], config["text_config"]) == (written, written, {"dtype": written, "size": 3})
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
+
+
+def test_a_dtype_that_cannot_hold_a_value_is_refused(tmp_path: Path) -> None:
+    model = Small(torch.float32)
+    with torch.no_grad():
+        model.embed_tokens.weight[3, 2] = 1e6
+    base, adapter = write_model(tmp_path / "base", model), make_adapter(tmp_path / "a")
+    with pytest.raises(MergeError, match=r"embed_tokens\.weight: .*range of torch\.float16"):
+        tg.merge_checkpoint(base, adapter, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("shards", "size", "files"), [(1, 400, 5), (3, 400, 5), (3, 10**6, 1), (2, 1, 9)])
+def test_files_are_cut_anew_and_given_back_as_they_were(tmp_path: Path, shards: int, size: int, files: int) -> None:
+    base, adapter = write_model(tmp_path / "base", Small(), shards=shards), make_adapter(tmp_path / "a")
+    plain = tg.merge_checkpoint(base, adapter, tmp_path / "plain")
+    report = tg.merge_checkpoint(base, adapter, tmp_path / "out", max_shard_size=size)
+    assert len(plain.files) == shards
+    found = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert found == sorted(report.files)
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    if size == 10**6:
+        assert (found, index.exists()) == (["model.safetensors"], False)
+    else:
+        assert len(found) > 1
+        document = json.loads(index.read_text())
+        tensors = all_tensors(tmp_path / "out")
+        assert document["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+        assert document["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+        assert (shards == 1) == ("made" not in document["metadata"])
+        for path in found:
+            with safe_open(tmp_path / "out" / path, "pt") as file:
+                own = list(file.keys())
+                assert file.metadata() == {"format": "pt"}
+            assert {name for name, where in document["weight_map"].items() if where == path} == set(own)
+            assert len(own) == 1 or sum(tensors[name].nbytes for name in own) <= size
+    one, other = all_tensors(tmp_path / "plain"), all_tensors(tmp_path / "out")
+    assert one.keys() == other.keys()
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
+
+
+def write_sidecars(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+
+def test_the_adapter_s_tokenizer_and_chat_template_win_and_the_base_s_come_back(tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    write_sidecars(base, {"tokenizer.json": "{}", "vocab.txt": "a", "chat_template.jinja": "base", "generation_config.json": '{"x": 1}'})
+    write_sidecars(
+        adapter,
+        {"tokenizer.json": '{"own": 1}', "vocab.txt": "a", "chat_template.jinja": "mine", "added_tokens.json": "{}", "README.md": "#"},
+    )
+    report = tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert report.notes == ("taken from the adapter, not the base: added_tokens.json, chat_template.jinja, tokenizer.json",)
+    found = {name: data.decode() for name, data in tree(tmp_path / "out").items() if "/" not in name and "safetensors" not in name}
+    del found["torchgraft_merge.json"], found["config.json"]
+    assert found == {
+        "tokenizer.json": '{"own": 1}',
+        "vocab.txt": "a",
+        "chat_template.jinja": "mine",
+        "added_tokens.json": "{}",
+        "generation_config.json": '{"x": 1}',
+    }
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
+
+
+def test_a_chat_template_in_the_adapter_s_tokenizer_config_is_not_hidden_by_the_base_s_file(tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    write_sidecars(base, {"tokenizer_config.json": "{}", "chat_template.jinja": "base"})
+    write_sidecars(adapter, {"tokenizer_config.json": '{"chat_template": "mine"}'})
+    tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
+
+
+def test_the_base_gives_the_originals_back_without_an_undo_record(tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small(), shards=2), make_adapter(tmp_path / "a")
+    write_sidecars(base, {"tokenizer.json": "{}"})
+    tg.merge_checkpoint(base, adapter, tmp_path / "out", undo=False)
+    with pytest.raises(MergeError, match="--base DIR"):
+        tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    report = tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back", base=base)
+    assert (report.from_base, report.restored_tensors, report.copied_tensors) == (True, 0, 7)
+    assert tree(tmp_path / "back") == tree(base)
+    other = Small()
+    with torch.no_grad():
+        other.embed_tokens.weight[0, 0] += 1
+    for folder, match in (
+        (write_model(tmp_path / "other", other, shards=2), r"embed_tokens\.weight is not what was merged into"),
+        (write_model(tmp_path / "cut", Small()), "headers"),
+    ):
+        write_sidecars(folder, {"tokenizer.json": "{}"})
+        with pytest.raises(MergeError, match=match):
+            tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "again", base=folder)
+        assert not (tmp_path / "again").exists()
+
+
+def test_arithmetic_that_differs_from_the_merge_s_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    from torchgraft.weights import LayerMerge
+
+    right = LayerMerge.unmerge
+    monkeypatch.setattr(LayerMerge, "unmerge", lambda self, merged, rows: right(self, merged, rows) * 1.01)
+    with pytest.raises(MergeError, match=r"proj\.weight: unmerging does not give the original bits.*the arithmetic here differs"):
+        tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small(), shards=2), make_adapter(tmp_path / "a")
+    before = tree(tmp_path)
+    plan = tg.merge_checkpoint(base, adapter, tmp_path / "out", dry_run=True, max_shard_size=300)
+    assert tree(tmp_path) == before
+    report = tg.merge_checkpoint(base, adapter, tmp_path / "out", max_shard_size=300)
+    same = ("merged_tensors", "copied_tensors", "total_bytes", "files", "notes", "memory")
+    assert [getattr(plan, key) for key in same] == [getattr(report, key) for key in same]
+    assert report.total_bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert (plan.verified, report.verified) == (False, True)
+    assert plan.undo_bytes > 0
+
+
+def test_progress_tells_every_byte_and_of_how_many(tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small(), shards=2), make_adapter(tmp_path / "a")
+    told: list[tuple[int, int]] = []
+    report = tg.merge_checkpoint(base, adapter, tmp_path / "out", dtype="float32", progress=lambda *numbers: told.append(numbers))
+    headers = sum(8 + int.from_bytes((tmp_path / "out" / file).read_bytes()[:8], "little") for file in report.files)
+    assert {total for _, total in told} == {report.total_bytes}
+    assert sum(written for written, _ in told) == report.total_bytes - headers
+
+
+@pytest.mark.parametrize(("scale", "rank"), [(0.001, 4), (0.02, 16), (0.2, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_float64_sum_is_rounded_once(tmp_path: Path, dtype: torch.dtype, scale: float, rank: int) -> None:
+    """In 999,424 entries, many of them where W and its change nearly cancel."""
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"q_proj": nn.Linear(976, 1024, bias=False)})
+    a, b = torch.randn(rank, 976) * 0.02, torch.randn(1024, rank) * scale
+    with torch.no_grad():
+        model["q_proj"].weight.normal_(0, 0.02)
+        model["q_proj"].weight[::8] = -2 * (b @ a)[::8] * (1 + 2.0 ** -torch.randint(6, 22, (128, 976)))
+    base = write_model(tmp_path / "base", model.to(dtype))
+    (tmp_path / "a").mkdir()
+    names = {f"base_model.model.q_proj.lora_{letter}.weight": tensor.contiguous() for letter, tensor in (("A", a), ("B", b))}
+    save_file(names, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    tg.merge_checkpoint(base, tmp_path / "a", tmp_path / "out")
+    exact = model["q_proj"].weight.detach().double() + 2 * (b.double() @ a.double())
+    expected, found = rounded(exact, dtype), all_tensors(tmp_path / "out")["q_proj.weight"]
+    bits = torch.int16 if dtype.itemsize == 2 else torch.int32
+    steps = (_ordered(found.view(bits)) - _ordered(expected.view(bits))).abs()
+    assert steps.max() <= 1
+    assert (steps > 0).double().mean() <= 1e-4
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(base)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of floats as integers in the order of their values: neighbours differ by one."""
+    wide = bits.long()
+    return torch.where(wide < 0, -(wide & torch.iinfo(bits.dtype).max), wide)
+
+
+def test_a_directory_that_an_interrupted_run_left_is_told(tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    left = tmp_path / ".out.abc.partial"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"1234567")
+    with pytest.warns(TorchgraftWarning, match=r"\.out\.abc\.partial: left there by an interrupted run \(7 bytes\).*remove it"):
+        tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert left.exists()
+
+
+Spoil = Callable[[Path], None]
+
+
+def spoil(folder: Path, old: bytes, new: bytes) -> None:
+    path = folder / "torchgraft_merge.json"
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out: spoil(out, b'"config.json"', b'"../../a/torchgraft.json"'),
+        lambda out: spoil(out, b'"model.safetensors"', b'"/etc/passwd"'),
+        lambda out: (out / "torchgraft_undo" / "corrections.safetensors").write_bytes(b""),
+        lambda out: (out / "torchgraft_undo" / "adapters" / "0" / "adapter_model.safetensors").unlink(),
+    ],
+)
+def test_a_record_that_was_tampered_with_writes_nothing_elsewhere(tmp_path: Path, change: Spoil) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a", "dora")
+    tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    change(tmp_path / "out")
+    before = tree(tmp_path)
+    with pytest.raises((TorchgraftError, FileFormatError)):
+        tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "deep" / "back")
+    assert tree(tmp_path) == before
