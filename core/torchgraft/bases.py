@@ -39,7 +39,9 @@ class Base:
 class PairedSite:
     site: Site
     config: Config
-    tensors: dict[str, str]
+    own_name: str
+    """What the adapter calls the site."""
+    tensors: dict[str, str] = field(default_factory=dict)
     """The method's (or PEFT's) name of each tensor → its name in the file."""
 
 

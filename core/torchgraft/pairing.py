@@ -31,6 +31,13 @@ def pair(files: AdapterFiles, base: Base) -> Pairing:
         PairingError: no installed method reads this adapter.
         ConfigError: its options are not valid.
     """
+    pairing = _match(files, base)
+    _check_weights(pairing, base)
+    return pairing
+
+
+def _match(files: AdapterFiles, base: Base) -> Pairing:
+    """By names, kinds and shapes."""
     pairing = _pair_native(files, base) if files.native else pair_peft(files, base)
     _check_tensors(pairing, base)
     return pairing
@@ -47,10 +54,7 @@ def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
             pairing.problems.append(problem)
             continue
         own = config.with_(method.name, entry["config"])
-        pairing.sites.append(PairedSite(site_of(layer), own, {}))
-        print_ = entry.get("fingerprint")
-        if print_ and fingerprint.comparable(layer.dtype, entry["dtype"]) and base.fingerprint(layer.name) not in ("", print_):
-            pairing.problems.append(f"{layer.name}: {OTHER_BASE}")
+        pairing.sites.append(PairedSite(site_of(layer), own, entry["name"]))
     return pairing
 
 
@@ -79,8 +83,8 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
     prefix = peft_names.PREFIX if files.peft else ""
     for index, paired in enumerate(pairing.sites):
         expected = _expected(pairing, paired)
-        named = {suffix: f"{prefix}{paired.site.name}.{suffix}" for suffix in expected}
-        pairing.sites[index] = PairedSite(paired.site, paired.config, named)
+        named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
+        pairing.sites[index] = replace(paired, tensors=named)
         used.update(named.values())
         pairing.problems += [p for suffix, shape in expected.items() if (p := _problem(files, named[suffix], shape))]
     for module in pairing.also_train:
@@ -96,26 +100,30 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
         )
     for module in files.native.get("also_saved", []):
         used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), [module]))
-    used.update(_frozen_copies(pairing, base))
+    used.update(name for paired in pairing.sites if (name := _frozen_copy(files, paired)))
     absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # said above
     unused = [name for name in files.shapes if name not in used and not is_inside(name.removeprefix(prefix), absent)]
     pairing.problems += _left_over(unused, base, prefix)
 
 
-def _frozen_copies(pairing: Pairing, base: Base) -> list[str]:
-    """PEFT saves the frozen weight of a targeted embedding or head, too. It tells whether this base is the right one."""
-    found = []
-    for site in (paired.site for paired in pairing.sites) if pairing.files.peft else ():
-        name = f"{peft_names.PREFIX}{site.name}.base_layer.weight"
-        dtype, shape = pairing.files.shapes.get(name, ("", ()))
-        if shape == site.shape:
-            found.append(name)
-            if fingerprint.comparable(site.dtype, dtype) and base.fingerprint(site.name) not in (
-                "",
-                fingerprint.of_tensor(pairing.files.read(name)),
-            ):
+def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
+    """PEFT saves the frozen weight of a targeted embedding or head, too: that tensor's name, or ""."""
+    name = f"{peft_names.PREFIX}{paired.own_name}.base_layer.weight"
+    return name if files.peft and files.shapes.get(name, ("", ()))[1] == paired.site.shape else ""
+
+
+def _check_weights(pairing: Pairing, base: Base) -> None:
+    """The base's weights are those that the adapter was made for, as far as it tells."""
+    recorded = {entry["name"]: entry for entry in pairing.files.native.get("sites", [])}
+    for paired in pairing.sites:
+        site, entry = paired.site, recorded.get(paired.own_name, {})
+        known = [(entry.get("dtype", ""), entry.get("fingerprint", ""))]
+        if name := _frozen_copy(pairing.files, paired):
+            known.append((pairing.files.shapes[name][0], fingerprint.of_tensor(pairing.files.read(name))))
+        for dtype, print_ in known:
+            if print_ and fingerprint.comparable(site.dtype, dtype) and base.fingerprint(site.name) not in ("", print_):
                 pairing.problems.append(f"{site.name}: {OTHER_BASE}")
-    return found
+                break
 
 
 def _expected(pairing: Pairing, paired: PairedSite) -> dict[str, Shape]:

@@ -62,7 +62,7 @@ def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors
         pairing.problems.append(str(error))
         return
     assert config is not None
-    pairing.sites.append(PairedSite(site, config, {}))
+    pairing.sites.append(PairedSite(site, config, site.name))
 
 
 def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:
