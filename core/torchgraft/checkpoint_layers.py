@@ -49,6 +49,7 @@ OWN_FORWARD = (
 """(model_type, layer): embeddings that scale or shift what they look up, so that a change of the weight is not added as it is."""
 
 UNKNOWN = "has a weight whose orientation the names do not tell; pass --kind '{name}=Linear' (or Conv1D, Embedding, Conv2d, …)"
+OF_EXPERTS = "belongs to a mixture of experts, whose weights the model may hold in another form"
 
 
 def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> list[Layer]:
@@ -74,7 +75,11 @@ def module_names(checkpoint: Checkpoint) -> list[str]:
 
 def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Layer:
     weight = tensors.get("weight") or max(tensors.values(), key=lambda entry: entry.numel)
-    kind, reason = (None, "") if "weight" not in tensors or len(weight.shape) < 2 else _kind(name, tensors, model_type)
+    kind, reason = None, ""
+    if "weight" in tensors and len(weight.shape) > 1:
+        kind, reason = _kind(name, tensors, model_type)
+    elif "experts" in name.split(".") and len(weight.shape) > 2:  # as transformers 5 holds them: all in one tensor
+        reason = OF_EXPERTS
     return Layer(
         name=name,
         kind=kind,
@@ -97,7 +102,7 @@ def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> tup
     if any(fnmatchcase(model_type, model) and fnmatchcase(name, layer) for model, layer in OWN_FORWARD):
         return None, "is an embedding with a forward of its own, which scales or shifts what it looks up"
     if "experts" in segments or leaf in ("gate", "router"):
-        return None, "belongs to a mixture of experts, whose weights the model may hold in another form"
+        return None, OF_EXPERTS
     unknown = None, UNKNOWN.format(name=name)
     if leaf not in CONV1D_LEAVES and _outputs(tensors) not in (None, shape[0]):
         return unknown  # the bias contradicts what the name says
