@@ -168,7 +168,7 @@ def refused_by_command(adapt: Adapt, base: Path, directory: Path) -> list[str]:
     assert (check.code, document.code) == (2, 2), check.err
     problems = json.loads(document.out)["problems"] if document.out else [check.err.removeprefix("error: ").strip()]
     if document.out:
-        assert json.loads(document.out) == {"ok": False, "problems": problems}
+        assert json.loads(document.out) == {"ok": False, "problems": problems, "renamed": {}}
         assert check.out == "".join(f"problem: {problem}\n" for problem in problems)
     assert problems[0] in refused_by_merge(adapt, base, directory)
     return problems
@@ -208,7 +208,7 @@ def test_a_config_that_says_other_than_the_record_is_refused(adapter: Path, base
 @both_forms
 def test_the_undamaged_adapter_fits(adapter: Path, base: Path, adapt: Adapt) -> None:
     assert len(tg.load(llama(), adapter).sites) == 4
-    assert json.loads(adapt("check", base, adapter, "--json").out) == {"ok": True, "problems": []}
+    assert json.loads(adapt("check", base, adapter, "--json").out) == {"ok": True, "problems": [], "renamed": {}}
     assert adapt("merge", base, adapter, "-o", adapter.parent / "merged").code == 0
 
 

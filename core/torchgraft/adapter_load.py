@@ -41,7 +41,7 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
 
     adapter = attach(Adapter(model, name, pairing.method.name, pairing.config, chosen), configs, make)
     adapter.state.update(state)
-    warn_of_other_weights(files, adapter.sites)
+    warn_of_other_weights(pairing, adapter.sites)
     _fill_copies(adapter, pairing, tensors)
     return adapter
 

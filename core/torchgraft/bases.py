@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from torchgraft import fingerprint
+from torchgraft import fingerprint, renames
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint
@@ -16,6 +16,7 @@ from torchgraft.kinds import Shape
 from torchgraft.layers import Layer, by_name
 from torchgraft.manager import registry
 from torchgraft.method import Method
+from torchgraft.naming import Naming, described, owner_of
 from torchgraft.planning import site_of
 from torchgraft.site import Site
 
@@ -33,6 +34,18 @@ class Base:
     fingerprint: Callable[[str], str]
     """Of the layer's weight."""
     is_module: bool
+    namings: Callable[[], Iterable[Naming]] = list
+    """What transformers calls the tensors elsewhere; it may be slow, or raise PairingError."""
+
+    def named(self, naming: Naming) -> Base:
+        """This base with the names of `naming`, which may leave layers out."""
+        others = {own: name for name, own in naming.modules.items()}
+        layers = {
+            others[name]: replace(layer, name=others[layer.name], aliases=())
+            for name, layer in self.layers.items()
+            if name in others and layer.name in others
+        }
+        return replace(self, layers=layers, tensors={name: self.tensors[own] for name, own in naming.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,15 @@ class Pairing:
     trained: dict[str, str] = field(default_factory=dict)
     """The base's tensor that is replaced whole → the name in the adapter's file."""
     problems: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    """The tensors in the adapter's file that have no place in the base."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """The adapter's name of a site or a module → the base's, where they differ."""
+
+    @property
+    def note(self) -> str:
+        """What was made of names that differ, in one line; or ""."""
+        return described(self.renamed)
 
     def demand(self, base: Base) -> Pairing:
         """
@@ -70,7 +92,14 @@ class Pairing:
 def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> Base:
     shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     layers = by_name(layers_of_checkpoint(checkpoint, kinds))
-    return Base(str(checkpoint.root), layers, shapes, lambda name: fingerprint.of_file(checkpoint, f"{name}.weight"), is_module=False)
+    return Base(
+        str(checkpoint.root),
+        layers,
+        shapes,
+        lambda name: fingerprint.of_file(checkpoint, f"{name}.weight"),
+        is_module=False,
+        namings=lambda: renames.of_checkpoint(checkpoint.config, shapes),
+    )
 
 
 def base_of_module(model: nn.Module) -> Base:
@@ -81,11 +110,11 @@ def base_of_module(model: nn.Module) -> Base:
     def sample(name: str) -> str:
         return fingerprint.of_site(site_of(layers[name], model.get_submodule(name)))
 
-    return Base(type(model).__name__, layers, own_shapes(model), sample, is_module=True)
+    shapes = own_shapes(model)
+    return Base(type(model).__name__, layers, shapes, sample, is_module=True, namings=lambda: renames.of_module(model, shapes))
 
 
-def owner_of(tensor: str, layers: Mapping[str, Layer]) -> str:
-    """The layer whose name the tensor's begins with; the longest such, or ""."""
-    segments = tensor.split(".")
-    names = (".".join(segments[:end]) for end in range(len(segments) - 1, 0, -1))
-    return next((layers[name].name for name in names if name in layers), "")
+def layer_of(tensor: str, layers: Mapping[str, Layer]) -> str:
+    """The name of the layer that an adapter's tensor belongs to, or ""."""
+    owner = owner_of(tensor, layers)
+    return layers[owner].name if owner else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -86,14 +86,16 @@ def export_adapter(
         method, (config, sites) = PLAIN, _with_one_alpha([fold for fold in folded if len(fold.factors["A"])])
     if not sites:
         raise MergeError(f"{files.directory}: every layer has rank 0, so there is nothing to write")
+    names = {own: name for name, own in pairing.renamed.items()}  # it is written under the names that it came with
+    whole = {name: _whole(name, pairing, tensors) for name in (names.get(module, module) for module in pairing.also_train)}
     contents = Contents(
         method=method,
         config=config,
-        sites=sites,
-        trained=_whole(pairing, tensors),
-        also_train=pairing.also_train,
+        sites=[replace(saved, site=replace(saved.site, name=names.get(saved.site.name, saved.site.name))) for saved in sites],
+        trained=whole,
+        also_train=tuple(whole),
         also_saved={},
-        modules=None if checkpoint is None else module_names(checkpoint),
+        modules=None if checkpoint is None or names else module_names(checkpoint),
         base=files.native.get("base") or files.peft.get("base_model_name_or_path"),
     )
     with new_directory(target) as directory:
@@ -183,9 +185,7 @@ def _with_one_alpha(folded: Sequence[Folded]) -> tuple[LowRankConfig, list[Saved
     return LowRankConfig(alpha=alpha), sites
 
 
-def _whole(pairing: Pairing, tensors: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
-    """Module that is trained whole → its state."""
-    return {
-        module: {own.removeprefix(f"{module}."): tensors[name] for own, name in pairing.trained.items() if is_inside(own, [module])}
-        for module in pairing.also_train
-    }
+def _whole(module: str, pairing: Pairing, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The state of a module that is trained whole, by its name in the adapter."""
+    start = f"{peft_names.PREFIX if pairing.files.peft else ''}{module}."
+    return {name.removeprefix(start): tensors[name] for name in pairing.trained.values() if name.startswith(start)}

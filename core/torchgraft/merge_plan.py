@@ -199,7 +199,7 @@ def _set_quantization(
         raise MergeError(f"{int8[0]}: it was trained on 8-bit weights, whose round trip is not supported; say --onto original")
     if not recorded or onto == "original" or int8:
         for one in ingredients:
-            warn_of_other_weights(one.pairing.files, [paired.site for paired in one.pairing.sites])
+            warn_of_other_weights(one.pairing, [paired.site for paired in one.pairing.sites])
         return
     for name, how in recorded.items():
         layer = base.layers.get(name)

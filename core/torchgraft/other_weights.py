@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchgraft.adapter_files import AdapterFiles
+from torchgraft.bases import Pairing
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.site import Site
 
 
-def warn_of_other_weights(files: AdapterFiles, sites: Iterable[Site]) -> None:
+def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site]) -> None:
     """Say where an adapter that was trained on quantised weights, or over other adapters, meets other weights."""
-    recorded = {site["name"]: site for site in files.native.get("sites", [])}
+    recorded = {pairing.renamed.get(site["name"], site["name"]): site for site in pairing.files.native.get("sites", [])}
     quantized, alone = [], []
     for site in sites:
         record = recorded.get(site.name, {})

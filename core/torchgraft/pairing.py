@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchgraft import fingerprint, peft_names
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.bases import Base, PairedSite, Pairing, owner_of
+from torchgraft.bases import Base, PairedSite, Pairing, layer_of
 from torchgraft.config import parse_config
-from torchgraft.errors import TorchgraftError
+from torchgraft.errors import PairingError, TorchgraftError
 from torchgraft.kinds import Shape
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
+from torchgraft.naming import Naming, own_names
 from torchgraft.peft_pairing import pair_peft
 from torchgraft.planning import site_of
 from torchgraft.selection import near
@@ -26,12 +27,16 @@ OTHER_BASE = "the base's weight is not the one that the adapter was made for: an
 def pair(files: AdapterFiles, base: Base) -> Pairing:
     """Match every tensor of the adapter with its place in the base. All problems are collected, not only the first.
 
+    If some of the adapter's names have no place, other names of the base are tried (see `naming`); one naming must fit them all.
+
     Raises:
         PluginError: the method is not installed.
         PairingError: no installed method reads this adapter.
         ConfigError: its options are not valid.
     """
     pairing = _match(files, base)
+    if pairing.problems and pairing.unused:
+        pairing = _match_renamed(files, base, pairing)
     _check_weights(pairing, base)
     return pairing
 
@@ -40,6 +45,63 @@ def _match(files: AdapterFiles, base: Base) -> Pairing:
     """By names, kinds and shapes."""
     pairing = _pair_native(files, base) if files.native else pair_peft(files, base)
     _check_tensors(pairing, base)
+    return pairing
+
+
+def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
+    """The one pairing under other names that has no problems; else the one that says best what is wrong.
+
+    Raises:
+        PairingError: two prefixes would do.
+    """
+    names = [name.removeprefix(_prefix(files)) for name in files.shapes]
+    best = _best([exact, *_with_a_prefix(files, base, own_names(base.tensors), names)])
+    if not best.problems:
+        return best
+    try:
+        namings = base.namings()
+    except PairingError as error:
+        best.problems[0] += f" ({error})"
+        return best
+    for naming in namings:
+        plain = _match_as(files, base, naming)
+        best = _best([best, plain, *(_with_a_prefix(files, base, naming, names) if plain.problems else ())])
+        if not best.problems:
+            break
+    return best
+
+
+def _with_a_prefix(files: AdapterFiles, base: Base, naming: Naming, names: list[str]) -> list[Pairing]:
+    tried = [_match_as(files, base, other) for other in naming.prefixed(names)]
+    fits = [pairing.note for pairing in tried if not pairing.problems]
+    if len(fits) > 1:
+        raise PairingError(
+            f"{files.directory} fits {base.label} in more than one place, and nothing tells which is meant: {'; or '.join(fits)}"
+        )
+    return tried
+
+
+def _best(tried: list[Pairing]) -> Pairing:
+    """The first without problems; else the first of those that find a place for the most tensors."""
+    return min(tried, key=lambda pairing: (bool(pairing.problems), len(pairing.unused)))
+
+
+def _match_as(files: AdapterFiles, base: Base, naming: Naming) -> Pairing:
+    return _in_base_names(_match(files, base.named(naming)), naming, base.is_module)
+
+
+def _in_base_names(pairing: Pairing, naming: Naming, is_module: bool) -> Pairing:
+    """The pairing that was made under the names of `naming`, with the base's own."""
+    for index, paired in enumerate(pairing.sites):
+        pairing.sites[index] = replace(paired, site=replace(paired.site, name=naming.modules[paired.site.name]))
+    modules = {name: naming.module(name) for name in pairing.also_train}
+    for name, own in modules.items() if is_module else ():
+        if not own and any(is_inside(tensor, [name]) for tensor in naming.tensors):
+            pairing.problems.append(f"{name}: the adapter holds it whole, and what is in it has other names here, so it cannot be replaced")
+    pairing.also_train = tuple(own or name for name, own in modules.items())
+    pairing.trained = {naming.tensors[name]: saved for name, saved in pairing.trained.items()}
+    renamed = {paired.own_name: paired.site.name for paired in pairing.sites} | {name: own for name, own in modules.items() if own}
+    pairing.renamed = {name: own for name, own in renamed.items() if name != own}
     return pairing
 
 
@@ -79,31 +141,32 @@ def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str
 
 def _check_tensors(pairing: Pairing, base: Base) -> None:
     """Every expected tensor is there with its shape, and there is no other."""
-    files, used = pairing.files, set[str]()
-    prefix = peft_names.PREFIX if files.peft else ""
+    files, used, prefix = pairing.files, set[str](), _prefix(pairing.files)
     for index, paired in enumerate(pairing.sites):
         expected = _expected(pairing, paired)
         named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
         pairing.sites[index] = replace(paired, tensors=named)
         used.update(named.values())
         pairing.problems += [p for suffix, shape in expected.items() if (p := _problem(files, named[suffix], shape))]
+    absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # a problem already
     for module in pairing.also_train:
         inside = {name: shape for name, shape in base.tensors.items() if is_inside(name, [module])}
         if not inside:
+            absent.append(module)
             pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter holds it whole")
         pairing.trained.update({name: prefix + name for name in inside})
         pairing.problems += [p for name, shape in inside.items() if (p := _problem(files, prefix + name, shape))]
-        used.update(
-            name
-            for name in files.shapes
-            if is_inside(name.removeprefix(prefix), [module]) and (inside == {} or name.removeprefix(prefix) in inside)
-        )
+        used.update(prefix + name for name in inside)
     for module in files.native.get("also_saved", []):
         used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), [module]))
     used.update(name for paired in pairing.sites if (name := _frozen_copy(files, paired)))
-    absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # said above
-    unused = [name for name in files.shapes if name not in used and not is_inside(name.removeprefix(prefix), absent)]
-    pairing.problems += _left_over(unused, base, prefix)
+    pairing.unused = [name for name in files.shapes if name not in used]
+    pairing.problems += _left_over([name for name in pairing.unused if not is_inside(name.removeprefix(prefix), absent)], base, prefix)
+
+
+def _prefix(files: AdapterFiles) -> str:
+    """What stands before the names in the file."""
+    return peft_names.PREFIX if files.peft else ""
 
 
 def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
@@ -147,7 +210,7 @@ def _left_over(names: list[str], base: Base, prefix: str) -> list[str]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         bare = name.removeprefix(prefix)
-        owner = owner_of(bare, base.layers)
+        owner = layer_of(bare, base.layers)
         module = owner or ".".join(bare.split(".")[:-2]) or bare
         groups[module].append(name)
     problems = []
@@ -160,9 +223,19 @@ def _left_over(names: list[str], base: Base, prefix: str) -> list[str]:
     return problems
 
 
-def check(files: AdapterFiles, base: Base) -> list[str]:
-    """Every problem of this adapter on this base; empty if they fit."""
+class Verdict(NamedTuple):
+    problems: list[str]
+    """Empty if the adapter fits."""
+    renamed: dict[str, str]
+    """The adapter's name of a site or a module → the base's, where they differ."""
+    note: str
+    """The same in one line."""
+
+
+def check(files: AdapterFiles, base: Base) -> Verdict:
+    """Every problem of this adapter on this base."""
     try:
-        return pair(files, base).problems
+        pairing = pair(files, base)
     except TorchgraftError as error:
-        return [str(error)]
+        return Verdict([str(error)], {}, "")
+    return Verdict(pairing.problems, pairing.renamed, pairing.note)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.bases import Base, PairedSite, Pairing, owner_of
+from torchgraft.bases import Base, PairedSite, Pairing, layer_of
 from torchgraft.config import Config
 from torchgraft.errors import PairingError
 from torchgraft.layers import Layer, is_inside
@@ -28,7 +28,7 @@ def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
         if name == key:
             pairing.problems.append(f"the tensor {key!r} does not start with {peft_names.PREFIX!r}, as PEFT's names do")
         elif not is_inside(name, also_train):
-            sites[name] = owner_of(name, base.layers)
+            sites[name] = layer_of(name, base.layers)
     for name in dict.fromkeys(owner for owner in sites.values() if owner):
         _pair_peft_site(
             pairing, files, base.layers[name], [peft_names.PREFIX + key for key, owner in sites.items() if owner == name], base.is_module

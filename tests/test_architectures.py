@@ -1,0 +1,215 @@
+"""Real architectures, small: an adapter made in memory, on files or by PEFT, merged into files that transformers wrote and reads.
+
+Adapter and files need not call a layer the same: transformers 5 renames between memory and files, and a head puts a prefix before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import models
+import torchgraft as tg
+from test_checkpoint_merge import tree
+from test_peft_format import peft_trains, pytestmark
+
+__all__ = ["pytestmark"]  # the warnings of PEFT's own that are ignored here, too
+
+Adapt = Callable[..., Any]
+
+TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
+LLAMA = {**models.GROUPED, **models.SPECIAL}
+IMAGE = 66
+"""LLaVA's token that stands for a piece of the image."""
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA, num_local_experts=4)),
+    "llava": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**TOWER), text_config=hf.LlamaConfig(**LLAMA), image_token_index=IMAGE)
+    ),
+    "clip": lambda: hf.CLIPModel(
+        hf.CLIPConfig(
+            text_config={**models.TEXT, **models.SPECIAL, "projection_dim": 16},
+            vision_config={**TOWER, "projection_dim": 16},
+            projection_dim=16,
+        )
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is adapted in one architecture, by names in memory, and the same by the names in the files that it writes."""
+
+    family: str
+    targets: list[str]
+    on_files: list[str]
+    peft: dict[str, Any]
+    also_train: str = ""
+    also_on_files: str = ""
+
+
+def alike(family: str, targets: list[str], peft: dict[str, Any], also_train: str = "") -> Case:
+    return Case(family, targets, targets, peft, also_train, also_train)
+
+
+CASES = [
+    alike("llama", ["@attention", "*.layers.1.mlp.*"], {"target_modules": ["q_proj", "v_proj", "down_proj"]}, "lm_head"),
+    alike("qwen2", ["*.{q,k,v}_proj", "@mlp"], {"target_modules": "all-linear"}),
+    alike("mixtral", ["@attention"], {"target_modules": ["k_proj", "o_proj"]}, "lm_head"),
+    alike("gpt2", ["c_attn", "c_proj", "c_fc"], {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    Case(
+        "gpt_neox",
+        ["query_key_value", "@mlp", "lm_head"],
+        ["query_key_value", "@mlp", "embed_out"],
+        {"target_modules": ["query_key_value", "dense"], "modules_to_save": ["lm_head"]},
+    ),
+    Case("gpt_neox", ["dense"], ["dense"], {"target_modules": ["dense_h_to_4h", "lm_head"]}, "lm_head", "embed_out"),
+    alike("bert", ["@attention", "@mlp"], {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}, "classifier"),
+    alike("t5", ["@attention", "wi_0", "wo"], {"target_modules": ["q", "v", "wo"]}),
+    Case(
+        "vit",
+        ["{q,v}_proj", "*.layers.1.attention.o_proj", "fc1"],
+        ["query", "value", "*.layer.1.attention.output.dense", "intermediate.dense"],
+        {"target_modules": ["q_proj", "fc2"], "modules_to_save": ["classifier"]},
+        "classifier",
+        "classifier",
+    ),
+    alike("whisper", ["{q,k,out}_proj", "fc1"], {"target_modules": ["q_proj", "v_proj"]}),
+    Case(
+        "llava",
+        ["*.language_model.*.{q,v}_proj", "*.vision_tower.*.fc1", "@head"],
+        ["language_model.*.{q,v}_proj", "vision_tower.*.fc1", "@head"],
+        {"target_modules": ["q_proj", "down_proj", "out_proj"]},
+    ),
+    alike("clip", ["{q,v}_proj", "fc2"], {"target_modules": ["k_proj", "fc1"]}),
+]
+each_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.family) for case in CASES])
+
+
+def build(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    return (models.FAMILIES | OTHERS)[family]().eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    @cache
+    def get(family: str, dtype: torch.dtype = torch.float32) -> Path:
+        directory = tmp_path_factory.mktemp(family)
+        build(family).to(dtype).save_pretrained(directory)
+        return directory
+
+    return get
+
+
+def read(model: nn.Module, directory: Path) -> nn.Module:
+    """Another model of the same class and dtype, from files; it must take all that is in them, and find all it needs there."""
+    again, info = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    return again.eval()
+
+
+def inputs(model: nn.Module) -> dict[str, Tensor]:
+    tokens = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(2))
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3)).to(model.dtype)
+    match model.config.model_type:
+        case "vit":
+            return {"pixel_values": pixels}
+        case "clip":
+            return {"input_ids": tokens, "pixel_values": pixels}
+        case "llava":
+            return {"input_ids": torch.cat([torch.full((2, 4), IMAGE), tokens], 1), "pixel_values": pixels}
+        case "whisper":
+            sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(3)).to(model.dtype)
+            return {"input_features": sound, "decoder_input_ids": tokens}
+        case "t5":
+            return {"input_ids": tokens, "decoder_input_ids": tokens.flip(1)}
+    return {"input_ids": tokens}
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    out = model(**inputs(model))
+    return out.logits_per_image if "logits_per_image" in out else out.logits if "logits" in out else out[0]
+
+
+def assert_merges(model: nn.Module, directory: Path, adapter: Path, tmp_path: Path, want: Tensor | None = None) -> None:
+    """The merged files compute what the adapted `model` does, and not what the base did; unmerged they are the base's again.
+
+    Weights in bfloat16 are the same there, and are computed with in float32: what differs is the rounding of the merged weights alone.
+    """
+    dtype = model.dtype
+    report = tg.merge_checkpoint(directory, adapter, tmp_path / "merged")
+    assert report.merged_tensors > 0
+    before, after = (logits(read(model, path).float()) for path in (directory, tmp_path / "merged"))
+    want = logits(model.float()) if want is None else want
+    change, error = (want - before).norm(), (want - after).norm()
+    assert change > 0.05 * want.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.05) * change
+    tg.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(directory)
+
+
+def assert_adapts_in_memory(case: Case, method: str, dtype: torch.dtype, saved: Callable[..., Path], tmp_path: Path) -> None:
+    # T5 does not scale its attention's scores: with larger ones, one rounding turns a softmax over.
+    scale = 0.3 if dtype == torch.float32 else 0.1
+    directory = saved(case.family, dtype)
+    model = read(build(case.family).to(dtype), directory)
+    adapter = tg.apply(model, method, case.targets, rank=3, also_train=[case.also_train] if case.also_train else [])
+    models.perturb_(adapter.parameters(), scale)
+    adapter.save(tmp_path / "adapter")
+    assert_merges(model, directory, tmp_path / "adapter", tmp_path)
+
+
+@each_case
+def test_an_adapter_made_in_memory_is_merged_into_the_files(case: Case, saved: Callable[..., Path], tmp_path: Path) -> None:
+    assert_adapts_in_memory(case, "lora", torch.float32, saved, tmp_path)
+
+
+@each_case
+def test_the_same_in_bfloat16(case: Case, saved: Callable[..., Path], tmp_path: Path) -> None:
+    assert_adapts_in_memory(case, "lora", torch.bfloat16, saved, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2", "llava"])
+def test_the_same_with_a_method_that_depends_on_the_weight(family: str, saved: Callable[..., Path], tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.family == family)
+    assert_adapts_in_memory(case, "dora", torch.float32, saved, tmp_path)
+
+
+@each_case
+def test_an_adapter_made_on_the_files_is_loaded_in_memory(case: Case, saved: Callable[..., Path], tmp_path: Path, adapt: Adapt) -> None:
+    directory = saved(case.family)
+    options = [word for target in case.on_files for word in ("--target", target)]
+    options += ["--also-train", case.also_on_files] if case.also_on_files else []
+    made = adapt("apply", directory, "--plugin", "lora", *options, "--rank", 3, "-o", tmp_path / "made", "--json")
+    assert made.code == 0, made.err
+    model = read(build(case.family), directory)
+    adapter = tg.load(model, tmp_path / "made")
+    assert len(adapter.sites) == json.loads(made.out)["matched"]
+    torch.testing.assert_close(logits(model), logits(read(model, directory)))
+    models.perturb_(adapter.parameters())
+    adapter.save(tmp_path / "trained")  # under the names in memory
+    assert_merges(model, directory, tmp_path / "trained", tmp_path)
+
+
+@each_case
+def test_an_adapter_of_peft_is_merged_into_the_files(case: Case, saved: Callable[..., Path], tmp_path: Path) -> None:
+    trained = peft_trains(build(case.family), tmp_path / "adapter", r=3, lora_alpha=5, **case.peft)
+    assert isinstance(trained, peft.PeftModel)
+    want = logits(trained)
+    assert_merges(build(case.family), saved(case.family), tmp_path / "adapter", tmp_path, want)
+    model = build(case.family)
+    tg.load(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), want)
