@@ -113,7 +113,7 @@ def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
     for entry in record["sites"]:
         layer, problem = _find_layer(entry, base)
         if layer is None:
-            pairing.problems.append(problem)
+            pairing.problems.append(problem or _no_layer(entry["name"], pairing, base))
             continue
         own = config.with_(method.name, entry["config"])
         pairing.sites.append(PairedSite(site_of(layer), own, entry["name"]))
@@ -121,11 +121,11 @@ def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
 
 
 def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str]:
-    """The base's layer for one recorded site, of the recorded kind; or what is wrong with it."""
+    """The base's layer for one recorded site, of the recorded kind; or what is wrong with it, which is "" if there is none."""
     name, shape, kind = entry["name"], tuple(entry["shape"]), entry["kind"]
     layer = base.layers.get(name)
     if layer is None:
-        return None, f"{name}: the base has no such layer{near(name, base.layers)}"
+        return None, ""
     if layer.shape != shape:
         return None, f"{name}: the adapter was made for a weight of shape {list(shape)}, the base's is {list(layer.shape)}"
     if layer.kind is None and layer.is_open:  # the record knows the orientation that the files do not tell
@@ -137,6 +137,11 @@ def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str
     if kind not in (layer.kind, registry().kind(layer.kind).stored_as):
         return None, f"{name}: the adapter was made for a {kind}, the base has a {layer.kind} there"
     return replace(layer, groups=entry.get("groups", 1)), ""
+
+
+def _no_layer(name: str, pairing: Pairing, base: Base) -> str:
+    """With names that resemble it, for the first few: looking for them takes long where hundreds of layers are missing."""
+    return f"{name}: the base has no such layer{near(name, base.layers) if len(pairing.problems) < SHOWN else ''}"
 
 
 def _check_tensors(pairing: Pairing, base: Base) -> None:
@@ -161,7 +166,7 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
         used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), [module]))
     used.update(name for paired in pairing.sites if (name := _frozen_copy(files, paired)))
     pairing.unused = [name for name in files.shapes if name not in used]
-    pairing.problems += _left_over([name for name in pairing.unused if not is_inside(name.removeprefix(prefix), absent)], base, prefix)
+    _add_left_over(pairing, [name for name in pairing.unused if not is_inside(name.removeprefix(prefix), absent)], base)
 
 
 def _prefix(files: AdapterFiles) -> str:
@@ -206,21 +211,19 @@ def _problem(files: AdapterFiles, name: str, expected: Shape) -> str:
     return ""
 
 
-def _left_over(names: list[str], base: Base, prefix: str) -> list[str]:
+def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        bare = name.removeprefix(prefix)
+        bare = name.removeprefix(_prefix(pairing.files))
         owner = layer_of(bare, base.layers)
         module = owner or ".".join(bare.split(".")[:-2]) or bare
         groups[module].append(name)
-    problems = []
     for module, found in groups.items():
         shown = ", ".join(found[:SHOWN]) + ("…" if len(found) > SHOWN else "")
         if module in base.layers:
-            problems.append(f"{module}: the adapter's tensor {shown} has no use there")
+            pairing.problems.append(f"{module}: the adapter's tensor {shown} has no use there")
         else:
-            problems.append(f"{module}: the base has no such layer{near(module, base.layers)} (adapter's tensor {shown})")
-    return problems
+            pairing.problems.append(f"{_no_layer(module, pairing, base)} (adapter's tensor {shown})")
 
 
 class Verdict(NamedTuple):
