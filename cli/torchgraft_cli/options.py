@@ -136,6 +136,8 @@ def parse_kinds(kinds: tuple[str, ...]) -> dict[str, str]:
         ConfigError: there is no `=`.
         PluginError: there is no such kind.
     """
+    if not kinds:
+        return {}
     from torchgraft.manager import registry
 
     found = {}

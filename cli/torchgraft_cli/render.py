@@ -6,9 +6,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from torchgraft.memory import Memory
 
 PIPE_WIDTH = 160
+PLAIN, BOLD, DIM, CYAN, GREEN = map(Style.parse, ("none", "bold", "dim", "cyan", "bold green"))
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -33,48 +38,76 @@ DROPPED_FIRST = ("dtype", "bytes", "share", "kind", "of dense", "shape")
 """Columns that a narrow terminal does without, in this order: a number cut short would be a wrong number."""
 
 
-def model_table(rows: Sequence[Row], total_params: int, out: Console, trained_name: str = "") -> Table:
+TEXTS = ("module", "kind", "shape", "dtype")
+"""Columns that are flush left."""
+MIN_MODULE = 24
+GAP = "  "
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """The folded tree as lines of equal columns. rich's own tables take seconds for a model that has 100,000 rows."""
+
+    header: str
+    lines: list[tuple[str, Style, str, str, Style]]
+    """The label and its style, how often it is repeated, and the other cells and their style."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        yield Segment(f"{self.header}\n", BOLD)
+        for label, style, times, cells, cells_style in self.lines:
+            yield Segment(label, style)
+            if times:
+                yield Segment(times, CYAN)
+            yield Segment(f"{cells}\n", cells_style)
+
+
+def model_table(rows: Sequence[Row], total_params: int, out: Console, trained_name: str = "") -> ModelTable:
     """The folded tree, as wide as `out` lets it be. With `trained_name`: what that method trains, and its share of the dense weights."""
-    dropped: set[str] = set()
-    for name in (*DROPPED_FIRST, ""):
-        table = _model_table(rows, total_params, trained_name, dropped)
-        if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
-            break
-        dropped.add(name)
-    return table
-
-
-def _model_table(rows: Sequence[Row], total_params: int, trained_name: str, dropped: set[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    texts = ("module", "kind", "shape", "dtype")
     numbers = ("params", "bytes", "share", *((f"{trained_name} trains", "of dense") if trained_name else ()))
-    names = [name for name in (*texts, *numbers) if name not in dropped]
-    for name in names:
-        width = 24 if name == "module" else None
-        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True, overflow="ellipsis", min_width=width)
-    for row in rows:
-        cells = dict(zip((*texts, *numbers), _cells(row, total_params, bool(trained_name)), strict=True))
-        table.add_row(*(cells[name] for name in names))
-    return table
+    labels = [_label(row) for row in rows]
+    table = [_cells(row, total_params, bool(trained_name)) for row in rows]
+    columns = {name: [cells[place] for cells in table] for place, name in enumerate((*TEXTS[1:], *numbers))}
+    widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
+    module = max([MIN_MODULE, *[wide for _, _, wide in labels]])
+    for name in DROPPED_FIRST:
+        if module + sum(len(GAP) + width for width in widths.values()) <= out.width:
+            break
+        widths.pop(name, None)
+    module = min(module, max(1, out.width - sum(len(GAP) + width for width in widths.values())))
+    adjust = {name: str.ljust if name in TEXTS else str.rjust for name in widths}
+    cells = zip(*([GAP + adjust[name](cell, width) for cell in columns[name]] for name, width in widths.items()), strict=True)
+    header = "module".ljust(module) + "".join(GAP + adjust[name](name, width) for name, width in widths.items())
+    return ModelTable(header, [_line(row, label, module, "".join(rest)) for row, label, rest in zip(rows, labels, cells, strict=True)])
 
 
-def _cells(row: Row, total_params: int, with_trained: bool) -> list[Text]:
-    label = Text("  " * row.depth + row.label, style="bold green" if row.trained and row.layer else "" if row.layer else "bold")
-    if row.times > 1:
-        label.append(f" ×{row.times}", style="cyan")
+def _label(row: Row) -> tuple[str, str, int]:
+    """The name, indented, how often it is repeated, and the width of both. What a terminal would obey is shown as its code."""
+    name = row.label if row.label.isprintable() else "".join([c if c.isprintable() else ascii(c)[1:-1] for c in row.label])
+    label, times = "  " * row.depth + name, f" ×{row.times}" if row.times > 1 else ""
+    return label, times, len(times) + (len(label) if label.isascii() else cell_len(label))
+
+
+def _line(row: Row, label: tuple[str, str, int], width: int, cells: str) -> tuple[str, Style, str, str, Style]:
+    text, times, wide = label
+    if wide > width:
+        text, wide = set_cell_size(text, width - len(times) - 1) + "…", width
+    style = (GREEN if row.trained else PLAIN) if row.layer else BOLD
+    return text, style, times, (" " * (width - wide) + cells).rstrip(), PLAIN if row.layer and row.layer.kind else DIM
+
+
+def _cells(row: Row, total_params: int, with_trained: bool) -> tuple[str, ...]:
     layer = row.layer
-    texts = [
+    texts: tuple[str, ...] = (
         (layer.kind or layer.role) if layer else "",
         "×".join(map(str, layer.shape)) or "scalar" if layer else "",
         layer.dtype if layer else "",
         f"{row.params:,}",
         size(row.bytes),
         percent(row.params, total_params),
-    ]
+    )
     if with_trained:
-        texts += [f"{row.trained:,}", percent(row.trained, row.params)] if row.trained else ["", ""]
-    style = "" if layer and layer.kind else "dim"
-    return [label, *(Text(text, style=style) for text in texts)]
+        texts += (f"{row.trained:,}", percent(row.trained, row.params)) if row.trained else ("", "")
+    return texts
 
 
 def memory_table(memory: Mapping[str, Memory], chosen: str) -> Table:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torchgraft.layers import Layer
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     depth: int
     label: str
     times: int
@@ -21,7 +21,7 @@ class Row:
     """Numbers that an adapter trains in all of it."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Node:
     layer: Layer | None = None
     children: dict[str, Node] = field(default_factory=dict)
@@ -38,7 +38,10 @@ def rows(layers: Iterable[Layer], trained: Mapping[str, int], depth: int | None 
     for layer in layers:
         node = root
         for segment in layer.name.split(".") if layer.name else []:
-            node = node.children.setdefault(segment, Node())
+            child = node.children.get(segment)
+            if child is None:
+                child = node.children[segment] = Node()
+            node = child
         node.layer = layer
     _measure(root, trained, {})
     found = list(_walk(root, 0, depth))
@@ -48,15 +51,16 @@ def rows(layers: Iterable[Layer], trained: Mapping[str, int], depth: int | None 
 
 
 def _measure(node: Node, trained: Mapping[str, int], shapes: dict[object, int]) -> None:
+    own, look = node.layer, None
+    if own is not None:
+        node.params, node.bytes, node.trained = own.params, own.bytes, trained.get(own.name, 0)
+        look = (own.kind, own.shape, own.dtype, own.params, node.trained)
     for child in node.children.values():
         _measure(child, trained, shapes)
-    own = node.layer
-    own_trained = trained.get(own.name, 0) if own else 0
-    node.params = (own.params if own else 0) + sum(child.params for child in node.children.values())
-    node.bytes = (own.bytes if own else 0) + sum(child.bytes for child in node.children.values())
-    node.trained = own_trained + sum(child.trained for child in node.children.values())
-    look = (own.kind, own.shape, own.dtype, own.params) if own else None
-    key = (look, own_trained, tuple(sorted((name, child.shape) for name, child in node.children.items())))
+        node.params += child.params
+        node.bytes += child.bytes
+        node.trained += child.trained
+    key = (look, *sorted([(name, child.shape) for name, child in node.children.items()])) if node.children else look
     node.shape = shapes.setdefault(key, len(shapes))
 
 
@@ -76,7 +80,7 @@ def _groups(node: Node) -> list[tuple[str, list[Node]]]:
     """The children, with runs of equal numbered ones taken together."""
     groups: list[tuple[list[str], list[Node]]] = []
     children = list(node.children.items())
-    if all(name.isdecimal() for name in node.children):  # shards may hold blocks in any order
+    if all(map(_is_number, node.children)):  # shards may hold blocks in any order
         children.sort(key=lambda item: int(item[0]))
     for name, child in children:
         if groups and _continues(groups[-1][0][-1], name) and groups[-1][1][-1].shape == child.shape:
@@ -88,4 +92,8 @@ def _groups(node: Node) -> list[tuple[str, list[Node]]]:
 
 
 def _continues(before: str, name: str) -> bool:
-    return before.isdecimal() and name.isdecimal() and int(name) == int(before) + 1
+    return _is_number(before) and _is_number(name) and int(name) == int(before) + 1
+
+
+def _is_number(name: str) -> bool:
+    return name.isdecimal() and len(name) < 10  # Python refuses to read thousands of digits

@@ -13,16 +13,20 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING
 
 from torchgraft.checkpoint import Checkpoint
-from torchgraft.dtypes import ADAPTABLE, SIZES
-from torchgraft.errors import SelectionError
-from torchgraft.kinds import Kind
+from torchgraft.dtypes import ADAPTABLE
+from torchgraft.errors import FileFormatError, SelectionError
 from torchgraft.layers import Layer
-from torchgraft.manager import registry
 from torchgraft.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
 from torchgraft.safetensors_header import TensorEntry
 from torchgraft.selection import name_matcher, near
+
+if TYPE_CHECKING:
+    from torchgraft.kinds import Kind
 
 CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -48,15 +52,25 @@ OWN_FORWARD = (
 )
 """(model_type, layer): embeddings that scale or shift what they look up, so that a change of the weight is not added as it is."""
 
+MAX_DEPTH = 64
+"""Modules in one another. Real models stay below 20, and what walks or lists the tree takes time and memory for each level."""
+
 UNKNOWN = "has a weight whose orientation the names do not tell; pass --kind '{name}=Linear' (or Conv1D, Embedding, Conv2d, …)"
 OF_EXPERTS = "belongs to a mixture of experts, whose weights the model may hold in another form"
 
 
 def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> list[Layer]:
-    """Every module that has tensors, in the order of the files. `kinds` (pattern → kind) overrides what the names tell."""
+    """Every module that has tensors, in the order of the files. `kinds` (pattern → kind) overrides what the names tell.
+
+    Raises:
+        FileFormatError: a tensor's name is too deep to be that of a model.
+        SelectionError: a pattern of `kinds` matches nothing, or a layer that cannot be of that kind.
+    """
     owners: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for header in checkpoint.headers:
         for entry in header.in_file_order:
+            if entry.name.count(".") > MAX_DEPTH:
+                raise FileFormatError(f"{header.path}: the name {entry.name[:60]!r}… has more than {MAX_DEPTH} dots: is it a model?")
             module, _, leaf = entry.name.rpartition(".")
             owners[module][leaf] = entry
     model_type = str(checkpoint.config.get("model_type", ""))
@@ -67,9 +81,11 @@ def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None
 def module_names(checkpoint: Checkpoint) -> list[str]:
     """Every module that holds tensors, directly or in its children."""
     names: dict[str, None] = {}
-    for tensor in checkpoint.tensors:
-        segments = tensor.split(".")[:-1]
-        names.update(dict.fromkeys(".".join(segments[:end]) for end in range(1, len(segments) + 1)))
+    for module in dict.fromkeys(tensor.rpartition(".")[0] for tensor in checkpoint.tensors if "." in tensor):
+        new = [module]
+        while "." in new[-1] and new[-1] not in names:
+            new.append(new[-1].rpartition(".")[0])
+        names.update(dict.fromkeys(reversed(new)))  # containers first
     return list(names)
 
 
@@ -80,42 +96,54 @@ def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> La
         kind, reason = _kind(name, tensors, model_type)
     elif "experts" in name.split(".") and len(weight.shape) > 2:  # as transformers 5 holds them: all in one tensor
         reason = OF_EXPERTS
+    is_open = reason is UNKNOWN
+    params = size = 0
+    for entry in tensors.values():
+        params += prod(entry.shape)
+        size += entry.end - entry.begin
     return Layer(
         name=name,
         kind=kind,
         shape=weight.shape,
         dtype=weight.dtype,
-        params=sum(entry.numel for entry in tensors.values()),
-        bytes=sum(entry.numel * SIZES[entry.dtype] for entry in tensors.values()),
-        reason=reason,
+        params=params,
+        bytes=size,
+        reason=UNKNOWN.format(name=name) if is_open else reason,
         has_weight="weight" in tensors,
-        is_open=reason == UNKNOWN.format(name=name),
+        is_open=is_open,
     )
 
 
 def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> tuple[str | None, str]:
+    """The kind, or None and why; UNKNOWN if it could have one."""
     shape, dtype = tensors["weight"].shape, tensors["weight"].dtype
     segments = name.split(".")
     leaf = segments[-1]
     if dtype not in ADAPTABLE:
         return None, f"has a weight of type {dtype}, which is quantized"
-    if any(fnmatchcase(model_type, model) and fnmatchcase(name, layer) for model, layer in OWN_FORWARD):
+    if any(fnmatchcase(name, pattern) for pattern in _own_forwards(model_type)):
         return None, "is an embedding with a forward of its own, which scales or shifts what it looks up"
     if "experts" in segments or leaf in ("gate", "router"):
         return None, OF_EXPERTS
-    unknown = None, UNKNOWN.format(name=name)
     if leaf not in CONV1D_LEAVES and _outputs(tensors) not in (None, shape[0]):
-        return unknown  # the bias contradicts what the name says
+        return None, UNKNOWN  # the bias contradicts what the name says
     if len(shape) > 2:
         is_conv = leaf in CONV_LEAVES or (leaf == "proj" and any("patch_embed" in segment for segment in segments))
-        return (f"Conv{len(shape) - 2}d", "") if is_conv and len(shape) <= 5 else unknown
+        return (f"Conv{len(shape) - 2}d", "") if is_conv and len(shape) <= 5 else (None, UNKNOWN)
     if leaf in CONV1D_LEAVES:
-        return (_transposed(tensors, model_type), "") if _transposed(tensors, model_type) else unknown
+        kind = _transposed(tensors, model_type)
+        return kind, "" if kind else UNKNOWN
     if leaf in EMBEDDING_LEAVES:
         return "Embedding", ""
     if leaf in LINEAR_LEAVES or HEADS.intersection(segments) or _outputs(tensors) == shape[0] != shape[1]:
         return "Linear", ""
-    return unknown
+    return None, UNKNOWN
+
+
+@cache
+def _own_forwards(model_type: str) -> tuple[str, ...]:
+    """The patterns of OWN_FORWARD for this model: they are the same for all of its layers."""
+    return tuple(layer for model, layer in OWN_FORWARD if fnmatchcase(model_type, model))
 
 
 def _transposed(tensors: Mapping[str, TensorEntry], model_type: str) -> str | None:
@@ -162,6 +190,10 @@ def _is_plain_input(layer: Layer) -> bool:
 
 
 def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:
+    if not kinds:
+        return layers
+    from torchgraft.manager import registry  # loads pydantic, which takes a while
+
     for pattern, name in kinds.items():
         kind, matches = registry().kind(name), name_matcher(pattern)
         chosen = {layer.name for layer in layers if matches(layer.name) and len(layer.shape) > 1}

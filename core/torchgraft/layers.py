@@ -9,9 +9,9 @@ from functools import cached_property
 from torchgraft.roles import role_of
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)  # frozen in spirit: a frozen one takes three times as long to make, and there can be 100,000
 class Layer:
-    """One module that owns tensors. It can be adapted if it has a kind."""
+    """One module that owns tensors. It can be adapted if it has a kind. Not to be changed: `dataclasses.replace` makes another."""
 
     name: str
     kind: str | None

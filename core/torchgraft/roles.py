@@ -7,6 +7,7 @@ be in a table; the rules are applied in the order in which `role_of` has them.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 ATTENTION_BLOCKS = frozenset(
     "attn self_attn cross_attn encoder_attn attention self_attention cross_attention crossattention SelfAttention "
@@ -36,30 +37,39 @@ NORM = re.compile(r"(^|_)(norm|ln|layernorm|layer_norm|rmsnorm|layrnorm|batchnor
 LINEAR_KINDS = frozenset({"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"})
 CONV_KINDS = frozenset({"Conv1d", "Conv2d", "Conv3d"})
 
+BLOCK_OF = {
+    **dict.fromkeys(MLP_BLOCKS | MLP_LEAVES, "mlp"),
+    **dict.fromkeys(ATTENTION_BLOCKS | ATTENTION_LEAVES, "attention"),
+}
+"""Segment of a name → the block that it tells of."""
+
 PATTERNS = ("@attention", "@mlp", "@linear", "@embedding", "@conv", "@head", "@all")
 
 
 def role_of(name: str, kind: str | None) -> str:
     """One of attention, mlp, embedding, conv, head, linear (any other matrix), norm, other."""
-    segments = name.split(".")
+    if kind is None:
+        return "norm" if _is_norm(name.rpartition(".")[2]) else "other"
     if kind == "Embedding":
         return "embedding"
     if kind in CONV_KINDS:
         return "conv"
-    if kind is None:
-        return "norm" if NORM.search(segments[-1]) else "other"
-    if HEADS.intersection(segments):
+    segments = name.split(".")
+    if not HEADS.isdisjoint(segments):
         return "head"
     return _block_of(segments) or ("linear" if kind in LINEAR_KINDS else "other")
+
+
+@lru_cache(maxsize=1024)
+def _is_norm(leaf: str) -> bool:
+    return NORM.search(leaf) is not None
 
 
 def _block_of(segments: list[str]) -> str | None:
     """The innermost block wins: BERT's attention.output.dense is attention, its output.dense is mlp."""
     for segment in reversed(segments):
-        if segment in ATTENTION_BLOCKS or segment in ATTENTION_LEAVES:
-            return "attention"
-        if segment in MLP_BLOCKS or segment in MLP_LEAVES:
-            return "mlp"
+        if segment in BLOCK_OF:
+            return BLOCK_OF[segment]
     return "mlp" if segments[-2:] == ["output", "dense"] else None
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +29,10 @@ if TYPE_CHECKING:
     from torchgraft.memory import Memory
 
 
+INDENTED = 10_000
+"""Modules. A longer document is read by programs, and Python writes it five times as fast in one line."""
+
+
 @click.command(short_help="Show what is in a model, and what an adapter would cost.")
 @click.argument("source")
 @click.option("--plugin", metavar="M", help=f"The method to count with [default: {DEFAULT_PLUGIN}].")
@@ -37,26 +45,54 @@ def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, *
     With --target or --plugin it also shows which layers are selected, how many numbers the method would train there,
     what share of the dense weights that is, and what memory training would take. No model is built and nothing is loaded.
     """
-    from torchgraft.planning import plan
-
-    if plugin or any(value for key, value in selection.items() if key != "kinds"):
-        chosen = choose(source, plugin or DEFAULT_PLUGIN, **selection)
-        if as_json:
-            echo_json({**selection_document(chosen), "memory": {name: memory_document(of) for name, of in _memory(chosen).items()}})
+    with _collector_off():
+        if plugin or any(value for key, value in selection.items() if key != "kinds"):
+            _inspect_selection(choose(source, plugin or DEFAULT_PLUGIN, **selection), depth, as_json)
         else:
-            show_selection(chosen, depth)
-            show_memory(chosen)
-        return
-    found = plan(source, "@all", kinds=parse_kinds(selection["kinds"]), allow_unmatched=True)
+            _inspect_model(source, selection["kinds"], depth, as_json)
+
+
+def _inspect_selection(chosen: Chosen, depth: int | None, as_json: bool) -> None:
     if as_json:
-        echo_json(model_document(found.layers))
+        _echo({**selection_document(chosen), "memory": {name: memory_document(of) for name, of in _memory(chosen).items()}})
+    else:
+        show_selection(chosen, depth)
+        show_memory(chosen)
+
+
+def _inspect_model(source: str, kinds: tuple[str, ...], depth: int | None, as_json: bool) -> None:
+    from torchgraft.checkpoint import open_checkpoint
+    from torchgraft.checkpoint_layers import layers_of_checkpoint
+
+    layers = tuple(layers_of_checkpoint(open_checkpoint(source), parse_kinds(kinds)))
+    if as_json:
+        _echo(model_document(layers))
         return
     from torchgraft_cli.render import console, model_table, size
     from torchgraft_cli.tree import rows
 
-    out = console()
-    out.print(model_table(rows(found.layers, {}, depth), found.total_params, out))
-    out.print(f"\n{len(found.layers)} modules, {found.total_params:,} parameters, {size(sum(layer.bytes for layer in found.layers))}")
+    out, total = console(), sum(layer.params for layer in layers)
+    out.print(model_table(rows(layers, {}, depth), total, out), crop=False)
+    out.print(f"\n{len(layers)} modules, {total:,} parameters, {size(sum(layer.bytes for layer in layers))}")
+
+
+def _echo(document: dict[str, Any]) -> None:
+    if len(document["modules"]) <= INDENTED:
+        echo_json(document)
+    else:
+        click.echo(json.dumps(document, ensure_ascii=False))
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """A large header becomes a million objects, none in a cycle: the collector would visit them again and again for nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def show_memory(chosen: Chosen, out: Console | None = None) -> None:
@@ -89,7 +125,7 @@ def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = Tru
     trained = {layer.name: site_params(layer, chosen.hooks, chosen.configs[layer.name]) for layer in found.sites}
     out = out or console()
     if tree:
-        out.print(model_table(rows(found.layers, trained, depth), found.total_params, out, name))
+        out.print(model_table(rows(found.layers, trained, depth), found.total_params, out, name), crop=False)
         out.print()
     own, dense = sum(trained.values()), sum(prod(layer.shape) for layer in found.sites)
     counts = ", ".join(f"{pattern} {count}" for pattern, count in found.patterns.items())
