@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Two processes of one thread each: more threads than cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all lint wheel docs bench-methods clean
+.PHONY: demo test test-all lint wheel docs bench bench-methods clean
 
 demo: .venv/demo
 	$(BIN)/python docs/demo/demo.py
@@ -29,6 +29,9 @@ wheel: .venv/dev
 
 docs: .venv/demo
 	$(BIN)/python docs/pictures.py
+
+bench: .venv/bench
+	$(BIN)/python docs/benchmarks/merge.py
 
 bench-methods: .venv/bench
 	$(BIN)/python docs/benchmarks/methods.py

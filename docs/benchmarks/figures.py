@@ -1,7 +1,8 @@
-"""The pictures of the comparison."""
+"""The pictures of the benchmarks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -63,6 +64,23 @@ def rank_grid(results: list[dict[str, Any]]) -> tuple[list[str], list[str], Any]
     blocks = sorted({block for _, block in cells}, key=int)
     grid = np.array([[mean(cells[p, b]) if (p, b) in cells else np.nan for b in blocks] for p in projections])
     return projections, blocks, grid
+
+
+def costs(sizes: Mapping[str, Mapping[str, tuple[float, float]]], path: Path) -> None:
+    """Size → row → seconds and megabytes, as bars: a group for each row, a bar for each size."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 2.6), layout="constrained", sharey=True)
+    rows = list(dict.fromkeys(row for found in sizes.values() for row in found))
+    height = 0.8 / len(sizes)
+    for axis, unit, form, title in zip(axes, ("s", "MB"), (".1f", ".0f"), ("Wall time", "Peak memory"), strict=True):
+        for number, (size, found) in enumerate(sizes.items()):
+            places = [rows.index(row) + (number - (len(sizes) - 1) / 2) * height for row in found]
+            bars = axis.barh(places, [cost[axis is axes[1]] for cost in found.values()], height, label=size)
+            axis.bar_label(bars, fmt=f"%{form} {unit}", padding=3, fontsize=8)
+        axis.set(title=title, xlabel=unit, yticks=range(len(rows)), yticklabels=rows)
+        axis.margins(x=0.15)
+    axes[0].invert_yaxis()
+    axes[1].legend(frameon=False, fontsize=8)
+    save(figure, path)
 
 
 def save(figure: Any, path: Path) -> None:
