@@ -6,6 +6,7 @@ Adapter and files need not call a layer the same: transformers 5 renames between
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +34,7 @@ IMAGE = 66
 """LLaVA's token that stands for a piece of the image."""
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "llama tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA, num_local_experts=4)),
     "llava": lambda: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**TOWER), text_config=hf.LlamaConfig(**LLAMA), image_token_index=IMAGE)
@@ -156,7 +158,7 @@ def assert_merges(model: nn.Module, directory: Path, adapter: Path, tmp_path: Pa
     want = logits(model.float()) if want is None else want
     change, error = (want - before).norm(), (want - after).norm()
     assert change > 0.05 * want.norm()
-    assert error < (1e-5 if dtype == torch.float32 else 0.05) * change
+    assert error < (3e-5 if dtype == torch.float32 else 0.05) * change
     tg.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(directory)
 
@@ -213,3 +215,38 @@ def test_an_adapter_of_peft_is_merged_into_the_files(case: Case, saved: Callable
     model = build(case.family)
     tg.load(model, tmp_path / "adapter")
     torch.testing.assert_close(logits(model), want)
+
+
+TIED = {"llama tied": "model.embed_tokens", "gpt2": "transformer.wte"}
+
+
+@pytest.mark.parametrize("family", TIED)
+@pytest.mark.parametrize("ends", ["embedding", "head", "both", "trained embedding", "trained head"])
+@pytest.mark.parametrize("said", [True, None])
+def test_a_tied_weight_is_parted_when_one_of_its_layers_is_merged_into(
+    family: str, ends: str, said: bool | None, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = tmp_path / "base"
+    shutil.copytree(saved(family), directory)
+    config = json.loads((directory / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (directory / "config.json").write_text(json.dumps(config | ({"tie_word_embeddings": True} if said else {})))
+    layers = {"embedding": [TIED[family]], "head": ["lm_head"], "both": [TIED[family], "lm_head"]}[ends.split()[-1]]
+    model = read(build(family), saved(family))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    whole = ends.startswith("trained")
+    adapter = tg.apply(model, "lora", ["@mlp"] if whole else layers, also_train=layers if whole else [])
+    models.perturb_(adapter.parameters(), 0.3)
+    adapter.save(tmp_path / "adapter")
+    assert_merges(model, directory, tmp_path / "adapter", tmp_path)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_adapter_for_a_tied_head_is_made_on_files_and_loads(saved: Callable[..., Path], tmp_path: Path, adapt: Any) -> None:
+    result = adapt("apply", saved("gpt2"), "--plugin", "lora", "--target", "lm_head", "-o", tmp_path / "adapter")
+    assert (result.code, result.err) == (0, "")
+    model = read(build("gpt2"), saved("gpt2"))
+    adapter = tg.load(model, tmp_path / "adapter")
+    models.perturb_(adapter.parameters(), 0.3)
+    adapter.save(tmp_path / "adapter")
+    assert_merges(model, saved("gpt2"), tmp_path / "adapter", tmp_path)

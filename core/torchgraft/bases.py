@@ -72,6 +72,8 @@ class Pairing:
     """The tensors in the adapter's file that have no place in the base."""
     renamed: dict[str, str] = field(default_factory=dict)
     """The adapter's name of a site or a module → the base's, where they differ."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """The same for every module of the base."""
 
     @property
     def note(self) -> str:
@@ -90,13 +92,14 @@ class Pairing:
 
 
 def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> Base:
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
     layers = by_name(layers_of_checkpoint(checkpoint, kinds))
+    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
+    shapes |= {f"{layer.name}.weight": layer.shape for layer in layers.values() if layer.weight_of}
     return Base(
         str(checkpoint.root),
         layers,
         shapes,
-        lambda name: fingerprint.of_file(checkpoint, f"{name}.weight"),
+        lambda name: fingerprint.of_file(checkpoint, layers[name].weight_name),
         is_module=False,
         namings=lambda: renames.of_checkpoint(checkpoint.config, shapes),
     )

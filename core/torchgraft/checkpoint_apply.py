@@ -50,7 +50,7 @@ def apply_to_checkpoint(
 
 
 def _site(checkpoint: Checkpoint, layer: Layer, hooks: MethodHooks, config: Config, seed: int) -> SavedSite:
-    weight = f"{layer.name}.weight"
+    weight = layer.weight_name
     site = site_of(layer, read=lambda: checkpoint.read(weight))
     generator = torch.Generator().manual_seed(seed_of(seed, site.name))
     return SavedSite(site, config, hooks.init(site, config, generator), fingerprint.of_file(checkpoint, weight))

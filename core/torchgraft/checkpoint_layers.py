@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, SelectionError
-from torchgraft.layers import Layer
+from torchgraft.layers import HEAD, Layer
 from torchgraft.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
 from torchgraft.safetensors_header import TensorEntry
 from torchgraft.selection import name_matcher, near
@@ -39,6 +39,8 @@ LINEAR_LEAVES = (
 CONV_LEAVES = frozenset(["conv", "conv1", "conv2", "patch_embedding", "projection"])
 
 INPUT_EMBEDDINGS = frozenset("embed_tokens word_embeddings wte embed_in shared tokens_embed tok_embeddings embeddings w".split())
+PLAIN_EMBEDDINGS = ("embed_tokens", "wte")
+"""Those whose head is called lm_head where it is tied to them."""
 HAS_HEAD = re.compile(r"(LM|LMHeadModel|PreTraining|ConditionalGeneration|MTModel)$")
 """Ends of the names of model classes whose output head can be the input embedding."""
 
@@ -172,21 +174,30 @@ def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
         return layers
     heads = {layer.shape for layer in layers if layer.role == "head"}
     is_plain = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    return [
-        replace(layer, tied=("lm_head" if is_plain and _is_plain_input(layer) else "the output head",))
-        if _is_input(layer) and (said or layer.shape not in heads)
-        else layer
-        for layer in layers
-    ]
+    found = []
+    for layer in layers:
+        if not _is_input(layer) or not (said or layer.shape not in heads):
+            found.append(layer)
+        elif is_plain and layer.kind == "Embedding" and layer.name.rpartition(".")[2] in PLAIN_EMBEDDINGS:
+            found.append(replace(layer, tied=(HEAD,)))
+        else:
+            found.append(replace(layer, tied=("the output head",)))
+    return _with_head(found)
+
+
+def _with_head(layers: list[Layer]) -> list[Layer]:
+    """The head beside the embedding that is tied to it, also where the files have none."""
+    embedding = next((layer for layer in layers if layer.tied == (HEAD,)), None)
+    if embedding is None:
+        return layers
+    if any(layer.name == HEAD for layer in layers):
+        return [replace(layer, tied=(embedding.name,)) if layer.name == HEAD else layer for layer in layers]
+    shape, dtype = embedding.shape, embedding.dtype
+    return [*layers, Layer(HEAD, "Linear", shape, dtype, 0, 0, tied=(embedding.name,), weight_of=embedding.name)]
 
 
 def _is_input(layer: Layer) -> bool:
     return len(layer.shape) == 2 and layer.name.rpartition(".")[2] in INPUT_EMBEDDINGS
-
-
-def _is_plain_input(layer: Layer) -> bool:
-    """Whether the head that it is tied to is called lm_head, as beside all embeddings of these names."""
-    return layer.name.rpartition(".")[2] in ("embed_tokens", "wte") and layer.kind == "Embedding"
 
 
 def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:

@@ -80,7 +80,7 @@ def export_adapter(
             raise MergeError(f"{files.directory}: PEFT has no {method.name}; 'adapt merge' makes a model that every tool can load")
         sites = [SavedSite(paired.site, paired.config, site_tensors(pairing, paired, tensors), "") for paired in pairing.sites]
     else:
-        nearest = Nearest(checkpoint, rank) if checkpoint is not None and rank is not None else None
+        nearest = Nearest(checkpoint, known.layers, rank) if checkpoint is not None and rank is not None else None
         folded = [_folded(hooks, paired, site_tensors(pairing, paired, tensors), nearest) for paired in pairing.sites]
         errors = {fold.site.name: fold.error for fold in folded if fold.error is not None}
         method, (config, sites) = PLAIN, _with_one_alpha([fold for fold in folded if len(fold.factors["A"])])
@@ -132,6 +132,7 @@ class Nearest:
     """Where the weights are, and of what rank an approximation is wanted."""
 
     checkpoint: Checkpoint
+    layers: Mapping[str, Layer]
     rank: int
 
 
@@ -157,7 +158,7 @@ def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], n
             f"{site.name}: the change that {hooks.method.name} makes depends on the weight, so no LoRA is the same. Merge it "
             "('adapt merge'), or take the nearest LoRA of a rank that you choose: --rank R --base MODEL"
         )
-    weight = to_canonical(site.kind, nearest.checkpoint.read(f"{site.name}.weight"))
+    weight = to_canonical(site.kind, nearest.checkpoint.read(nearest.layers[site.name].weight_name))
     with exactly(weight):
         change = hooks.merge(paired.config, widened(params, weight.dtype), weight) - weight
     return Folded(site, 1.0, *nearest_lora(change, nearest.rank))

@@ -8,6 +8,9 @@ from functools import cached_property
 
 from torchgraft.roles import role_of
 
+HEAD = "lm_head"
+"""The output head of transformers' plain language models."""
+
 
 @dataclass(unsafe_hash=True)  # frozen in spirit: a frozen one takes three times as long to make, and there can be 100,000
 class Layer:
@@ -28,6 +31,8 @@ class Layer:
     """Further names of the same module."""
     tied: tuple[str, ...] = ()
     """Other layers whose weight is this same tensor."""
+    weight_of: str = ""
+    """The layer whose weight in the files is this one's: a tied head need have none there."""
     has_weight: bool = True
     """Whether one of its tensors is called weight."""
     is_open: bool = False
@@ -38,6 +43,16 @@ class Layer:
     @cached_property
     def role(self) -> str:
         return role_of(self.name, self.kind)
+
+    @property
+    def weight_name(self) -> str:
+        """Of the tensor that a checkpoint has for its weight."""
+        return f"{self.weight_of or self.name}.weight"
+
+    @property
+    def can_be_untied(self) -> bool:
+        """Whether files can give it and the layer that it is tied to a weight each."""
+        return HEAD in (self.name, *self.tied) and len(self.tied) == 1
 
     @property
     def names(self) -> tuple[str, ...]:

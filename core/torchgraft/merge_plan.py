@@ -15,6 +15,7 @@ from torchgraft.checkpoint import INDEX, Checkpoint
 from torchgraft.dtypes import ADAPTABLE, SIZES
 from torchgraft.errors import ConfigError, MergeError
 from torchgraft.kinds import Kind
+from torchgraft.layers import HEAD
 from torchgraft.layout import Layout, Placed, plan_layout
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.merge_record import refuse_merged
@@ -24,7 +25,6 @@ from torchgraft.quantization import Quantization
 from torchgraft.sidecars import Sidecars, sha256, sidecars_of
 
 Onto = Literal["quantized", "original"]
-HEAD = "lm_head.weight"
 SPARSE = 8
 """What is merged takes this many times the bytes of its corrections, or more: 5 to 30 times were measured."""
 WORKING = 160 << 20
@@ -125,15 +125,15 @@ def plan_merge(
     base = base_of_checkpoint(checkpoint, kinds)
     ingredients = [_ingredient(checkpoint, base, path, factor) for path, factor in adapters.items()]
     _refuse_same(ingredients)
-    notes: list[str] = []
+    notes = [one.pairing.note for one in ingredients if one.pairing.note]
     changes = _changes(ingredients, notes)
     _set_quantization(changes, ingredients, base, onto, notes)
-    added = _untied(changes, base, notes)
+    untied, added = _untied(changes, base, notes)
     sidecars = sidecars_of(checkpoint, [ingredient.path for ingredient in ingredients])
     if sidecars.from_adapter:
         notes.append(f"taken from the adapter, not the base: {', '.join(sidecars.from_adapter)}")
     layout = plan_layout(checkpoint, dtype=dtype, max_shard_size=max_shard_size, added=added)
-    return MergePlan(checkpoint, ingredients, changes, layout, sidecars, _rewritten(checkpoint, layout, sidecars, dtype, added), notes)
+    return MergePlan(checkpoint, ingredients, changes, layout, sidecars, _rewritten(checkpoint, layout, sidecars, dtype, untied), notes)
 
 
 def _ingredient(checkpoint: Checkpoint, base: Base, path: str | Path, factor: float) -> Ingredient:
@@ -189,7 +189,8 @@ def _set_quantization(
         of_sites = {
             site["name"]: {**site["quantization"], "from": site["dtype"]} for site in native.get("sites", []) if site.get("quantization")
         }
-        for name, how in {**native.get("quantized", {}), **of_sites}.items():
+        for own_name, how in {**native.get("quantized", {}), **of_sites}.items():
+            name = one.pairing.modules.get(own_name, own_name)
             if recorded.setdefault(name, how) != how:
                 raise MergeError(f"{name}: the adapters were trained on different quantizations of it; say --onto original")
     if onto == "quantized" and not recorded:
@@ -215,31 +216,34 @@ def _set_quantization(
     )
 
 
-def _untied(changes: Mapping[str, Change], base: Base, notes: list[str]) -> dict[str, str]:
-    """An output head of its own for a model whose head was the input embedding, if that is changed: name → the embedding's."""
+def _untied(changes: Mapping[str, Change], base: Base, notes: list[str]) -> tuple[bool, dict[str, str]]:
+    """Whether a tied weight is changed, so that both layers need their own; and the head that the files lack: name → its source."""
+    untied, added = False, dict[str, str]()
     for name in changes:
         layer = base.layers.get(name.rpartition(".")[0])
         if layer is None or not layer.tied or not name.endswith(".weight"):
             continue
-        if layer.tied != (HEAD.removesuffix(".weight"),) or HEAD in base.tensors:
+        if not layer.can_be_untied:
             raise MergeError(
                 f"{layer.name}: its weight is also that of {', '.join(layer.tied)} (config.json ties them), so merging would change both. "
                 "Untie them first: save the model with tie_word_embeddings=False and a head of its own"
             )
-        notes.append(f"{layer.name} was tied to the output head; the head gets a weight of its own ({HEAD}), which is the base's")
-        return {HEAD: name}
-    return {}
+        untied = True
+        added |= {f"{other.name}.weight": other.weight_name for other in (layer, base.layers[layer.tied[0]]) if other.weight_of}
+    if untied:
+        notes.append(f"the input embedding and {HEAD} shared one weight, and what is merged is not the same for both: each gets its own")
+    return untied, added
 
 
-def _rewritten(checkpoint: Checkpoint, layout: Layout, sidecars: Sidecars, dtype: str, added: Mapping[str, str]) -> dict[str, bytes]:
+def _rewritten(checkpoint: Checkpoint, layout: Layout, sidecars: Sidecars, dtype: str, untied: bool) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     if layout.is_new and (layout.index or INDEX in sidecars.files):
         found[INDEX] = _json(layout.index)  # empty: one file has none
-    if "config.json" in sidecars.files and (dtype or added):
+    if "config.json" in sidecars.files and (dtype or untied):
         config = deepcopy(checkpoint.config)
         for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
             part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part and dtype})
-        if added:
+        if untied:
             config["tie_word_embeddings"] = False
         found["config.json"] = _json(config)
     return found

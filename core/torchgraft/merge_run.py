@@ -87,7 +87,7 @@ class MergeRun:
                 for nbytes in copy_bytes(source, target):
                     workers.advance(nbytes)
             else:
-                self._rewrite(source, target, written, workers, keep=keep)
+                self._rewrite(source, target, written, workers, keep=keep and placed.name == placed.source)
             written.digest = written.digest or digest_range(source.descriptor, source.begin, source.begin + source.nbytes, source.where)
             return written
 

@@ -102,6 +102,7 @@ def _in_base_names(pairing: Pairing, naming: Naming, is_module: bool) -> Pairing
     pairing.trained = {naming.tensors[name]: saved for name, saved in pairing.trained.items()}
     renamed = {paired.own_name: paired.site.name for paired in pairing.sites} | {name: own for name, own in modules.items() if own}
     pairing.renamed = {name: own for name, own in renamed.items() if name != own}
+    pairing.modules = naming.modules
     return pairing
 
 
