@@ -26,7 +26,7 @@ from test_pairing import edit_tensors
 from test_peft_format import CLOSE, CONVOLUTIONS, FILES, GROUPED, alone, build, image_for, peft_reads, peft_trains, pytestmark, run
 from torchgraft.adapter_files import read_adapter
 from torchgraft.bases import base_of_module
-from torchgraft.pairing import check
+from torchgraft.pairing import pair
 
 __all__ = ["pytestmark"]  # the warnings of PEFT's own that are ignored here, too
 
@@ -92,7 +92,7 @@ def test_we_compute_peft_s_adapter(family: str, options: dict[str, Any], tmp_pat
     assert adapter.method == "dora"
     torch.testing.assert_close(run(model, family), theirs, **CLOSE)
     assert adapter.count().trainable == sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    assert check(read_adapter(tmp_path), base_of_module(build(family))).problems == []
+    assert pair(read_adapter(tmp_path), base_of_module(build(family))).problems == []
 
 
 @pytest.mark.parametrize("layer", (CONVOLUTIONS | GROUPED).values(), ids=CONVOLUTIONS | GROUPED)
@@ -162,9 +162,9 @@ def test_a_missing_or_strange_tensor_is_refused_by_name(record: bool, tmp_path: 
         tg.apply(build("llama"), "dora", ["q_proj"]).save(directory)
         if not record:
             (directory / "torchgraft.json").unlink()
-        assert check(read_adapter(directory), base_of_module(build("llama"))).problems == []
+        assert pair(read_adapter(directory), base_of_module(build("llama"))).problems == []
         edit_tensors(directory, change)
-        assert check(read_adapter(directory), base_of_module(build("llama"))).problems == [says]
+        assert pair(read_adapter(directory), base_of_module(build("llama"))).problems == [says]
         model = build("llama")
         with pytest.raises(tg.PairingError):
             tg.load(model, directory)
@@ -176,7 +176,7 @@ def test_a_magnitude_in_a_plain_lora_is_left_over_and_refused(tmp_path: Path) ->
     (tmp_path / "torchgraft.json").unlink()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
-    problems = check(read_adapter(tmp_path), base_of_module(build("llama"))).problems
+    problems = pair(read_adapter(tmp_path), base_of_module(build("llama"))).problems
     assert len(problems) == 2
     assert all("lora_magnitude_vector has no use there" in problem for problem in problems)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -413,3 +414,35 @@ def test_a_model_in_the_adapter_s_place_and_the_reverse_are_refused(adapter: Pat
 def test_a_method_that_is_not_installed_is_named(adapter: Path, base: Path, adapt: Adapt) -> None:
     edit_json(adapter / "torchgraft.json", method={"name": "lorra", "distribution": "someones", "version": "1"})
     assert_refused(r"no plugin 'lorra'.*lora", adapter, base, adapt, tg.PluginError)
+
+
+def test_check_lists_every_problem_of_every_sort_at_once(adapter: Path, base: Path, tmp_path: Path, adapt: Adapt) -> None:
+    out = tmp_path / "merged"
+    assert adapt("merge", base, adapter, "-o", out).code == 0
+    result = adapt("check", out, adapter, "--json")
+    problems = json.loads(result.out)["problems"]
+    assert result.code == 2
+    assert sum("is merged into it already" in problem for problem in problems) == 1
+    assert any("not the one that the adapter was made for" in problem for problem in problems)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(adapter, damaged)
+    drop(HEAD)(damaged)
+    put(A, lambda tensor: tensor * float("inf"))(damaged)
+    put(B, lambda tensor: tensor[:, :0])(damaged)
+    put(A.replace("layers.1", "layers.0"), lambda tensor: tensor.to(torch.int64))(damaged)
+    add(f"base_model.model.{SITE}.lora_C.weight", 3)(damaged)
+    result = adapt("check", base, damaged, "--json")
+    problems = json.loads(result.out)["problems"]
+    assert (result.code, result.err) == (2, "")
+    for says in (
+        re.escape(HEAD),
+        "NaN or infinite",
+        "is empty",
+        "has the type int64, expected one of bfloat16",
+        "lora_C.weight has no use",
+    ):
+        assert found(says, problems), says
+    assert adapt("check", base, damaged).out.count("problem: ") == len(problems) == 5
+    (damaged / "adapter_model.safetensors").write_bytes(b"junk")
+    result = adapt("check", base, damaged, "--json")
+    assert (result.code, json.loads(result.out)["ok"]) == (2, False)

@@ -50,9 +50,14 @@ class Layer:
         return f"{self.weight_of or self.name}.weight"
 
     @property
-    def can_be_untied(self) -> bool:
-        """Whether files can give it and the layer that it is tied to a weight each."""
-        return HEAD in (self.name, *self.tied) and len(self.tied) == 1
+    def tie_problem(self) -> str:
+        """Why files cannot give it and the layers that it is tied to a weight each; empty if they can."""
+        if not self.tied or (HEAD in (self.name, *self.tied) and len(self.tied) == 1):
+            return ""
+        return (
+            f"{self.name}: its weight is also that of {', '.join(self.tied)} (config.json ties them), so merging would change both. "
+            "Untie them first: save the model with tie_word_embeddings=False and a head of its own"
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -223,11 +223,8 @@ def _untied(changes: Mapping[str, Change], base: Base, notes: list[str]) -> tupl
         layer = base.layers.get(name.rpartition(".")[0])
         if layer is None or not layer.tied or not name.endswith(".weight"):
             continue
-        if not layer.can_be_untied:
-            raise MergeError(
-                f"{layer.name}: its weight is also that of {', '.join(layer.tied)} (config.json ties them), so merging would change both. "
-                "Untie them first: save the model with tie_word_embeddings=False and a head of its own"
-            )
+        if layer.tie_problem:
+            raise MergeError(layer.tie_problem)
         untied = True
         added |= {f"{other.name}.weight": other.weight_name for other in (layer, base.layers[layer.tied[0]]) if other.weight_of}
     if untied:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torchgraft import fingerprint, peft_names
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
 from torchgraft.config import parse_config
-from torchgraft.errors import PairingError, TorchgraftError
+from torchgraft.dtypes import ADAPTABLE
+from torchgraft.errors import PairingError
 from torchgraft.kinds import Shape
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
@@ -153,7 +154,8 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
         named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
         pairing.sites[index] = replace(paired, tensors=named)
         used.update(named.values())
-        pairing.problems += [p for suffix, shape in expected.items() if (p := _problem(files, named[suffix], shape))]
+        problems = (_problem(files, named[suffix], shape) or _type_problem(files, named[suffix]) for suffix, shape in expected.items())
+        pairing.problems += [problem for problem in problems if problem]
     absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # a problem already
     for module in pairing.also_train:
         inside = {name: shape for name, shape in base.tensors.items() if is_inside(name, [module])}
@@ -212,6 +214,11 @@ def _problem(files: AdapterFiles, name: str, expected: Shape) -> str:
     return ""
 
 
+def _type_problem(files: AdapterFiles, name: str) -> str:
+    dtype, _ = files.shapes[name]
+    return "" if dtype in ADAPTABLE else f"the tensor {name!r} has the type {dtype}, expected one of {', '.join(sorted(ADAPTABLE))}"
+
+
 def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -225,21 +232,3 @@ def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
             pairing.problems.append(f"{module}: the adapter's tensor {shown} has no use there")
         else:
             pairing.problems.append(f"{_no_layer(module, pairing, base)} (adapter's tensor {shown})")
-
-
-class Verdict(NamedTuple):
-    problems: list[str]
-    """Empty if the adapter fits."""
-    renamed: dict[str, str]
-    """The adapter's name of a site or a module → the base's, where they differ."""
-    note: str
-    """The same in one line."""
-
-
-def check(files: AdapterFiles, base: Base) -> Verdict:
-    """Every problem of this adapter on this base."""
-    try:
-        pairing = pair(files, base)
-    except TorchgraftError as error:
-        return Verdict([str(error)], {}, "")
-    return Verdict(pairing.problems, pairing.renamed, pairing.note)

@@ -36,7 +36,7 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
     if not chosen.plan.sites:
         raise SelectionError("nothing is selected: there would be nothing to train")
     for layer in chosen.plan.sites:
-        if layer.tied and not layer.can_be_untied:
+        if layer.tie_problem:
             text = f"{layer.name}: its weight is also that of {', '.join(layer.tied)}: it can be trained, but not merged"
             warnings.warn(text, TorchgraftWarning, stacklevel=2)
     if not dry_run:

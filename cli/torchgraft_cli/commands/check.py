@@ -21,17 +21,16 @@ def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> N
 
     Where the two name the same layers differently, it says how the names were read.
     """
-    from torchgraft.adapter_files import read_adapter
-    from torchgraft.bases import base_of_checkpoint
-    from torchgraft.checkpoint import open_checkpoint
-    from torchgraft.pairing import check as compare
+    from torchgraft.checking import check as compare
 
-    files = read_adapter(adapter)
-    problems, renamed, note = compare(files, base_of_checkpoint(open_checkpoint(model), parse_kinds(kinds)))
+    verdict = compare(model, adapter, parse_kinds(kinds))
     if as_json:
-        echo_json({"ok": not problems, "problems": problems, "renamed": renamed})
-    elif not problems:
-        click.echo(f"{adapter} fits {model}")
-    for line in [] if as_json else [f"note: {note}"] * bool(note) + [f"problem: {problem}" for problem in problems]:
-        click.echo(line)
-    sys.exit(2 if problems else 0)
+        echo_json({"ok": not verdict.problems, "problems": verdict.problems, "renamed": dict(verdict.renamed)})
+    else:
+        if verdict.note:
+            click.echo(f"note: {verdict.note}")
+        for problem in verdict.problems:
+            click.echo(f"problem: {problem}")
+        if not verdict.problems:
+            click.echo(f"{adapter} fits {model}")
+    sys.exit(2 if verdict.problems else 0)

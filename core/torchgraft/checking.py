@@ -1,0 +1,49 @@
+"""Everything that stands against merging an adapter into a checkpoint, all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torchgraft.adapter_files import read_adapter
+from torchgraft.adapter_tensors import not_finite
+from torchgraft.bases import Base, Pairing, base_of_checkpoint
+from torchgraft.checkpoint import open_checkpoint
+from torchgraft.errors import TorchgraftError
+from torchgraft.merge_record import merged_already
+from torchgraft.pairing import pair
+
+
+@dataclass(frozen=True)
+class Verdict:
+    problems: list[str]
+    """Empty if the adapter fits."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """The adapter's name of a site or a module → the base's, where they differ."""
+    note: str = ""
+    """The same in one line."""
+
+
+def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | None = None) -> Verdict:
+    """Names, shapes, types and values of the adapter's tensors, whether this is its base, and whether it is merged already.
+
+    Raises:
+        FileFormatError: the model is missing or broken.
+    """
+    checkpoint = open_checkpoint(model)
+    base = base_of_checkpoint(checkpoint, kinds)
+    try:
+        files = read_adapter(adapter)
+        already = merged_already(checkpoint, files)
+        pairing = pair(files, base)
+        problems = [*pairing.problems, *not_finite(pairing, files.read_all()), *_ties(pairing, base)]
+    except TorchgraftError as error:
+        return Verdict([str(error)])
+    return Verdict([*([already] if already else []), *problems], pairing.renamed, pairing.note)
+
+
+def _ties(pairing: Pairing, base: Base) -> list[str]:
+    changed = dict.fromkeys((*(paired.site.name for paired in pairing.sites), *pairing.trained))
+    layers = {base.layers.get(name) or base.layers.get(name.removesuffix(".weight")): None for name in changed}
+    return [layer.tie_problem for layer in layers if layer is not None and layer.tie_problem]
