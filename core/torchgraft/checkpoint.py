@@ -112,6 +112,8 @@ def _download(source: str, patterns: list[str]) -> Path:
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     """The JSON object in `path`."""
     try:
+        if path.exists() and not path.is_file():
+            raise FileFormatError(f"{path}: not a regular file")  # a pipe would be waited for
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         if missing_ok:
@@ -153,11 +155,18 @@ def _headers_of_index(index: Path) -> tuple[Header, ...]:
     for shard in sorted(set(weight_map.values())):
         if _leaves_directory(shard):
             raise FileFormatError(f"{index}: the shard {shard!r} lies outside the directory; refused")
-        if not (index.parent / shard).is_file():
+        if not _is_file(index.parent / shard):
             raise FileFormatError(f"{index}: the shard {shard!r} is missing; download or copy it again")
         headers.append(read_header(index.parent / shard))
     _check_index(index, weight_map, headers)
     return tuple(headers)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # the name is longer than the system allows
+        return False
 
 
 def _leaves_directory(name: str) -> bool:

@@ -15,6 +15,7 @@ from functools import cached_property
 from math import prod
 from operator import itemgetter
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from torchgraft import dtypes
@@ -64,7 +65,10 @@ def read_header(path: Path, *, alone: bool = False) -> Header:
         FileFormatError: the file is missing, truncated, or not valid safetensors.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not S_ISREG(status.st_mode):  # a pipe would be waited for
+            raise FileFormatError(f"{path}: cannot be read: not a regular file")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
@@ -108,7 +112,8 @@ def _parse(path: Path, body: bytes, data_start: int) -> tuple[dict[str, TensorEn
         raise _broken(path, f"its header is not valid JSON ({error}): is it a safetensors file?") from error
     if not isinstance(document, dict):
         raise _broken(path, "its header is not a JSON object: is it a safetensors file?")
-    metadata = document.pop("__metadata__", {})
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the library takes null, too
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "its __metadata__ is not a map of strings")
     return {name: _entry(path, name, value, data_start) for name, value in document.items()}, metadata
@@ -148,10 +153,12 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
         code, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-        if not isinstance(shape, list) or len(value) > 3:
+        if not isinstance(shape, list):
             raise TypeError
     except (TypeError, KeyError, ValueError):
         raise _broken(path, f"tensor {_shown(name)} lacks a dtype, a shape or its two data_offsets") from None
+    if len(value) > 3:  # the library passes over it; Python's JSON would let stand in it what is no JSON
+        raise _broken(path, f"tensor {_shown(name)} has more than a dtype, a shape and data_offsets, which is all that the format knows")
     for number in (*shape, begin, end):
         if type(number) is not int or not 0 <= number < BEYOND:
             what = "has a shape or an offset that is not a whole number from 0 to 2⁶⁴"
