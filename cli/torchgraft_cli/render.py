@@ -65,8 +65,11 @@ def model_table(rows: Sequence[Row], total_params: int, out: Console, trained_na
     """The folded tree, as wide as `out` lets it be. With `trained_name`: what that method trains, and its share of the dense weights."""
     numbers = ("params", "bytes", "share", *((f"{trained_name} trains", "of dense") if trained_name else ()))
     labels = [_label(row) for row in rows]
-    table = [_cells(row, total_params, bool(trained_name)) for row in rows]
-    columns = {name: [cells[place] for cells in table] for place, name in enumerate((*TEXTS[1:], *numbers))}
+    looks = [_look(row) for row in rows]
+    table = {
+        look: _cells(*look, total_params, bool(trained_name)) for look in dict.fromkeys(looks)
+    }  # rows that look alike are written once
+    columns = {name: [cells[place] for cells in table.values()] for place, name in enumerate((*TEXTS[1:], *numbers))}
     widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
     module = max([MIN_MODULE, *[wide for _, _, wide in labels]])
     for name in DROPPED_FIRST:
@@ -75,9 +78,10 @@ def model_table(rows: Sequence[Row], total_params: int, out: Console, trained_na
         widths.pop(name, None)
     module = min(module, max(1, out.width - sum(len(GAP) + width for width in widths.values())))
     adjust = {name: str.ljust if name in TEXTS else str.rjust for name in widths}
-    cells = zip(*([GAP + adjust[name](cell, width) for cell in columns[name]] for name, width in widths.items()), strict=True)
+    places = [(place, adjust[name], widths[name]) for place, name in enumerate(columns) if name in widths]
+    texts = {look: "".join([GAP + just(cells[place], width) for place, just, width in places]) for look, cells in table.items()}
     header = "module".ljust(module) + "".join(GAP + adjust[name](name, width) for name, width in widths.items())
-    return ModelTable(header, [_line(row, label, module, "".join(rest)) for row, label, rest in zip(rows, labels, cells, strict=True)])
+    return ModelTable(header, [_line(row, label, module, texts[look]) for row, label, look in zip(rows, labels, looks, strict=True)])
 
 
 def _label(row: Row) -> tuple[str, str, int]:
@@ -95,18 +99,21 @@ def _line(row: Row, label: tuple[str, str, int], width: int, cells: str) -> tupl
     return text, style, times, (" " * (width - wide) + cells).rstrip(), PLAIN if row.layer and row.layer.kind else DIM
 
 
-def _cells(row: Row, total_params: int, with_trained: bool) -> tuple[str, ...]:
+def _look(row: Row) -> tuple[str, tuple[int, ...], str, int, int, int]:
+    """All of a row but its name: the kind or the role, shape, dtype, params, bytes, trained."""
     layer = row.layer
-    texts: tuple[str, ...] = (
-        (layer.kind or layer.role) if layer else "",
-        "×".join(map(str, layer.shape)) or "scalar" if layer else "",
-        layer.dtype if layer else "",
-        f"{row.params:,}",
-        size(row.bytes),
-        percent(row.params, total_params),
-    )
+    if layer is None:
+        return "", (), "", row.params, row.bytes, row.trained
+    return layer.kind or layer.role, layer.shape, layer.dtype, row.params, row.bytes, row.trained
+
+
+def _cells(
+    kind: str, shape: tuple[int, ...], dtype: str, params: int, size_: int, trained: int, total_params: int, with_trained: bool
+) -> tuple[str, ...]:
+    dimensions = "×".join(map(str, shape)) or ("scalar" if kind else "")
+    texts: tuple[str, ...] = (kind, dimensions, dtype, f"{params:,}", size(size_), percent(params, total_params))
     if with_trained:
-        texts += (f"{row.trained:,}", percent(row.trained, row.params)) if row.trained else ("", "")
+        texts += (f"{trained:,}", percent(trained, params)) if trained else ("", "")
     return texts
 
 

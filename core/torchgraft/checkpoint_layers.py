@@ -137,7 +137,7 @@ def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> tup
         return kind, "" if kind else UNKNOWN
     if leaf in EMBEDDING_LEAVES:
         return "Embedding", ""
-    if leaf in LINEAR_LEAVES or HEADS.intersection(segments) or _outputs(tensors) == shape[0] != shape[1]:
+    if leaf in LINEAR_LEAVES or not HEADS.isdisjoint(segments) or _outputs(tensors) == shape[0] != shape[1]:
         return "Linear", ""
     return None, UNKNOWN
 
