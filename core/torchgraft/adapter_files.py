@@ -26,6 +26,9 @@ NATIVE_TENSORS = "torchgraft.safetensors"
 STATE_TENSORS = "torchgraft_state.safetensors"
 FORMAT = 1
 SITE_RECORD = {"name": str, "kind": str, "shape": list, "dtype": str, "config": dict}
+SITE_OPTIONS = {"groups": int, "fingerprint": str, "beneath": list, "quantization": dict}
+OPTIONS = {"also_saved": list, "quantized": dict, "state": dict}
+"""What a record may have, too."""
 
 PEFT_LABELS = frozenset("auto_mapping base_model_name_or_path inference_mode peft_version revision task_type".split())
 PEFT_TYPES = {
@@ -155,8 +158,13 @@ def _check_native(path: Path, native: Mapping[str, Any]) -> None:
             and isinstance(native["method"]["name"], str)
             and isinstance(native["config"], dict)
             and all(isinstance(site[key], kind) for site in native["sites"] for key, kind in SITE_RECORD.items())
-            and all(isinstance(name, str) for name in native["also_train"])
-            and isinstance(native.get("state", {}), dict)
+            and all(isinstance(site.get(key, kind()), kind) for site in native["sites"] for key, kind in SITE_OPTIONS.items())
+            and all(isinstance(native.get(key, kind()), kind) for key, kind in OPTIONS.items())
+            and all(isinstance(name, str) for name in (*native["also_train"], *native.get("also_saved", [])))
+            and all(isinstance(name, str) for site in native["sites"] for name in site.get("beneath", []))
+            and all(isinstance(how, dict) for how in native.get("quantized", {}).values())
+            and all(site.get("groups", 1) > 0 for site in native["sites"])
+            and native.get("state", {}).keys() in (set(), {"values", "sha256"})
         )
     except (KeyError, TypeError):
         sound = False

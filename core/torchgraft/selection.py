@@ -110,9 +110,14 @@ def name_matcher(text: str) -> Callable[[str], bool]:
     return lambda name: expression.fullmatch(name) is not None
 
 
+MAX_DIGITS = 9
+"""Of a block's number; Python refuses to read thousands of them."""
+
+
 def block_of(name: str) -> int | None:
     """The first number among the segments: layers.3.mlp.experts.5.w1 is in block 3."""
-    return next((int(segment) for segment in name.split(".") if segment.isdecimal()), None)
+    number = next((segment for segment in name.split(".") if segment.isdecimal()), None)
+    return None if number is None or len(number) > MAX_DIGITS else int(number)
 
 
 def near(query: str, names: Iterable[str]) -> str:
