@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type of each element size: bits are compared, not values, for NaN and -0.0 are bits too."""
 
+Numbers = np.ndarray[Any, Any]
+
 SKIP = 255
 """A gap that passes over 255 entries and corrects none."""
 LARGE = -128
@@ -37,11 +39,11 @@ class Correction:
     entry costs less, `gap` and `step` are empty.
     """
 
-    gap: Tensor
+    gap: Numbers
     """uint8: how many entries lie between one corrected entry and the next; SKIP for longer ways."""
-    step: Tensor
+    step: Numbers
     """int8, one for each corrected entry."""
-    wide: Tensor
+    wide: Numbers
     """The steps that are LARGE, as integers of the tensor's element size."""
 
     @property
@@ -80,8 +82,8 @@ def make_correction(original: Tensor, nearly: Tensor) -> Correction:
     fits = (difference > LARGE) & (difference < -LARGE)
     gaps = _gaps(at)
     if gaps.nbytes + at.size + (at.size - np.count_nonzero(fits)) * bits.itemsize > bits.nbytes:
-        return Correction(_tensor(gaps[:0]), _tensor(np.empty(0, np.int8)), _tensor(bits - near))
-    return Correction(_tensor(gaps), _tensor(np.where(fits, difference, LARGE).astype(np.int8)), _tensor(difference[~fits]))
+        return Correction(gaps[:0], np.empty(0, np.int8), bits - near)
+    return Correction(gaps, np.where(fits, difference, LARGE).astype(np.int8), difference[~fits])
 
 
 def correct(nearly: Tensor, correction: Correction) -> Tensor:
@@ -91,7 +93,7 @@ def correct(nearly: Tensor, correction: Correction) -> Tensor:
         ValueError: the correction is not one of a tensor of this size.
     """
     bits = _integers(nearly).copy()
-    gap, step, wide = (part.numpy() for part in (correction.gap, correction.step, correction.wide))
+    gap, step, wide = correction.gap, correction.step, correction.wide
     if wide.size == bits.size and not gap.size:
         bits += wide
     else:
@@ -123,7 +125,7 @@ def not_restored(where: str) -> MergeError:
     )
 
 
-def _gaps(at: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _gaps(at: Numbers) -> Numbers:
     between = at.copy()
     between[1:] -= at[:-1] + 1
     if not between.size or between.max() < SKIP:
@@ -134,14 +136,10 @@ def _gaps(at: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return gaps
 
 
-def _integers(tensor: Tensor) -> np.ndarray[Any, Any]:
+def _integers(tensor: Tensor) -> Numbers:
     """The flat tensor's bits; no copy if it lies so on the CPU."""
-    found: np.ndarray[Any, Any] = tensor.detach().cpu().contiguous().view(BITS[tensor.element_size()]).flatten().numpy()
+    found: Numbers = tensor.detach().cpu().contiguous().view(BITS[tensor.element_size()]).flatten().numpy()
     return found
-
-
-def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    return torch.from_numpy(array)
 
 
 def digest(tensor: Tensor) -> str:

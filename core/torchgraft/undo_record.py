@@ -19,7 +19,7 @@ from torch import Tensor
 from torchgraft import dtypes
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.errors import FileFormatError
-from torchgraft.exact import Correction, as_bytes
+from torchgraft.exact import Correction, Numbers, as_bytes
 from torchgraft.file_blocks import FileTensor, copy_bytes
 from torchgraft.safetensors_header import dump_header
 
@@ -34,9 +34,11 @@ class Corrections:
 
     def append(self, rows: slice, correction: Correction) -> None:
         parts = {"gap": correction.gap, "step": correction.step, "wide": correction.wide}
-        self.blocks.append([rows.stop, *(part.numel() for part in parts.values())])
+        self.blocks.append([rows.stop, *(part.size for part in parts.values())])
         for label, part in parts.items():
-            self.parts.setdefault(label, (dtypes.name_of(part.dtype), bytearray()))[1].extend(as_bytes(part))
+            if label not in self.parts:
+                self.parts[label] = part.dtype.name, bytearray()
+            self.parts[label][1].extend(part.data)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class UndoReader:
 
     def read(self, name: str, adapters: int) -> TensorUndo:
         try:
-            table, gap, step, wide = (self._checkpoint.read(f"{name}#{label}") for label in ("blocks", "gap", "step", "wide"))
+            table, gap, step, wide = (self._checkpoint.read(f"{name}#{label}").numpy() for label in ("blocks", "gap", "step", "wide"))
             blocks = list(_cut(table.tolist(), gap, step, wide))
             needed: list[dict[str, Tensor]] = [{} for _ in range(adapters)]
             for number, own, key in self._needed.get(name, []):
@@ -116,7 +118,7 @@ class UndoReader:
         return TensorUndo(blocks, needed)
 
 
-def _cut(table: Sequence[Sequence[int]], gap: Tensor, step: Tensor, wide: Tensor) -> Iterator[tuple[slice, Correction]]:
+def _cut(table: Sequence[Sequence[int]], gap: Numbers, step: Numbers, wide: Numbers) -> Iterator[tuple[slice, Correction]]:
     first, places = 0, [0, 0, 0]
     for last, *lengths in table:
         ends = [place + length for place, length in zip(places, lengths, strict=True)]
