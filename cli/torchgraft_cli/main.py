@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import io
+import os
 import signal
 import sys
 import threading
@@ -66,6 +68,19 @@ class TerminatedError(BaseException):
 
 def _terminate(*_: Any) -> None:
     raise TerminatedError
+
+
+def run() -> None:
+    """The installed command: `main`, and out at once. Python would take half a second to take torch apart."""
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _prepare_process() -> None:

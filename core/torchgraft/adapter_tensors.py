@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torchgraft.bases import PairedSite, Pairing
@@ -18,19 +19,21 @@ def read_tensors(pairing: Pairing) -> dict[str, Tensor]:
         PairingError: one of them is not finite.
     """
     tensors = pairing.files.read_all()
-    if problems := not_finite(pairing, tensors):
+    if problems := not_finite(pairing, tensors.__getitem__):
         raise PairingError(problems[0], tuple(problems))
     return tensors
 
 
-def not_finite(pairing: Pairing, tensors: dict[str, Tensor]) -> list[str]:
-    """What is wrong with the values of the adapter's tensors."""
+def not_finite(pairing: Pairing, read: Callable[[str], Tensor]) -> list[str]:
+    """What is wrong with the values of the adapter's tensors, of which one at a time is looked at."""
+    from torchgraft.weights import all_finite
+
     where = {name: (paired.site.name, suffix) for paired in pairing.sites for suffix, name in paired.tensors.items()}
     where |= {name: (own.rpartition(".")[0], own.rpartition(".")[2]) for own, name in pairing.trained.items()}
     return [
         f"{layer}: the adapter's {leaf} has NaN or infinite entries, as after a run that diverged; use an earlier save"
         for name, (layer, leaf) in where.items()
-        if name in tensors and not tensors[name].isfinite().all()
+        if name in pairing.files.shapes and not all_finite(read(name))
     ]
 
 

@@ -37,7 +37,7 @@ def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | Non
         files = read_adapter(adapter)
         already = merged_already(checkpoint, files)
         pairing = pair(files, base)
-        problems = [*pairing.problems, *not_finite(pairing, files.read_all()), *_ties(pairing, base)]
+        problems = [*pairing.problems, *not_finite(pairing, files.read), *_ties(pairing, base)]
     except TorchgraftError as error:
         return Verdict([str(error)])
     return Verdict([*([already] if already else []), *problems], pairing.renamed, pairing.note)

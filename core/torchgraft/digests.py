@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,24 +13,32 @@ from threading import Event, Thread
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.errors import FileFormatError
 
-CHUNK = 1 << 25
-"""Bytes. Each chunk costs a change of threads, and there are milliseconds between two of them while modules are imported."""
+CHUNK = 1 << 24
+"""Bytes that are read at a time."""
+
+SWITCH = 2e-4
+"""Seconds after which importing modules lets the hashing have a turn; with Python's own 5 ms it would do half as much."""
 
 
-def digest_range(descriptor: int, begin: int, end: int, where: str, stopped: Callable[[], bool] = lambda: False) -> str:
+def digest_range(
+    descriptor: int, begin: int, end: int, where: str, stopped: Callable[[], bool] = lambda: False, buffer: bytearray | None = None
+) -> str:
     """Of the bytes from `begin` to `end` of an open file; empty if it was stopped.
+
+    Args:
+        buffer: to read into.
 
     Raises:
         FileFormatError: the file is shorter.
     """
-    sha, buffer = hashlib.sha256(), memoryview(bytearray(min(CHUNK, end - begin)))
+    sha, room = hashlib.sha256(), memoryview(buffer or bytearray(min(CHUNK, end - begin)))
     while begin < end:
         if stopped():
             return ""
-        read = os.preadv(descriptor, [buffer[: min(CHUNK, end - begin)]], begin)
+        read = os.preadv(descriptor, [room[: end - begin]], begin)
         if not read:
             raise became_shorter(where)
-        sha.update(buffer[:read])
+        sha.update(room[:read])
         begin += read
     return sha.hexdigest()
 
@@ -47,20 +56,24 @@ def digesting(checkpoint: Checkpoint) -> Iterator[dict[str, str]]:
     found: dict[str, str] = {}
     stop = Event()
     thread = Thread(target=_digest_all, args=(checkpoint, found, stop.is_set), daemon=True)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
     thread.start()
     try:
         yield found
     finally:
+        sys.setswitchinterval(before)
         stop.set()
         thread.join()
 
 
 def _digest_all(checkpoint: Checkpoint, found: dict[str, str], stopped: Callable[[], bool]) -> None:
+    buffer = bytearray(CHUNK)
     for header in checkpoint.headers:
         try:
             with header.path.open("rb", buffering=0) as file:
                 for entry in header.in_file_order:
-                    digest = digest_range(file.fileno(), entry.begin, entry.end, entry.name, stopped)
+                    digest = digest_range(file.fileno(), entry.begin, entry.end, entry.name, stopped, buffer)
                     if not digest:
                         return
                     found[entry.name] = digest

@@ -138,8 +138,15 @@ def _gaps(at: Numbers) -> Numbers:
 
 def _integers(tensor: Tensor) -> Numbers:
     """The flat tensor's bits; no copy if it lies so on the CPU."""
-    found: Numbers = tensor.detach().cpu().contiguous().view(BITS[tensor.element_size()]).flatten().numpy()
+    found: Numbers = _plain(tensor).view(BITS[tensor.element_size()]).numpy().reshape(-1)
     return found
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU and in row-major order. Each call of torch hands the interpreter to another thread, so none is made in vain."""
+    if tensor.requires_grad or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.ndim else tensor.reshape(1)
 
 
 def digest(tensor: Tensor) -> str:
@@ -149,5 +156,4 @@ def digest(tensor: Tensor) -> str:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row-major order; without a copy if it lies so on the CPU."""
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+    return _plain(tensor).view(torch.uint8).numpy().reshape(-1).data if tensor.numel() else memoryview(b"")

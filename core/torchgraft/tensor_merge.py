@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchgraft.blocks import MemoryBlocks
 from torchgraft.kinds import Kind, Shape
-from torchgraft.weights import Applied, LayerMerge, check_finite, exactly, replacement, rounded
+from torchgraft.weights import Applied, LayerMerge, check_finite, exactly, replacement
 
 
 class TensorMerge:
@@ -41,6 +41,9 @@ class TensorMerge:
         self.name, self.kind, self._stored, self._written = name, kind, stored, written
         self._trained = None if trained is None else replacement(name, trained, shape, written).reshape(-1, 1)
         self._start, self._applied = start, applied
+        # What unmerging misses is put right, so it need not be finer than what is restored.
+        coarse = stored.itemsize == 2 and all(one.hooks.method.additive for one in applied)
+        self._back = torch.float32 if coarse else torch.float64
         self._layer = LayerMerge(applied, kind.canonical_shape(shape)[0], needed, device) if applied and kind else None
 
     @property
@@ -61,13 +64,13 @@ class TensorMerge:
         if self._trained is not None:
             return self._trained[rows]
         weight = (original if self._start is None else self._start[rows]).to(torch.float64, copy=True)
-        result = rounded(self._layer.merge(weight, rows) if self._layer is not None else weight, self._written)
+        result = (self._layer.merge(weight, rows) if self._layer is not None else weight).to(self._written)
         check_finite(self.name, result, original, *(one.params for one in self._applied))
         return result
 
     def nearly(self, merged: Tensor, rows: slice) -> Tensor:
         """What arithmetic makes of the base's rows; a correction puts the rest right."""
-        weight = merged.to(torch.float64, copy=True)
+        weight = merged.to(self._back, copy=True)
         return (self._layer.unmerge(weight, rows) if self._layer is not None else weight).to(self._stored)
 
     def expected(self, original: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

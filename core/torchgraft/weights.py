@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +49,7 @@ class LayerMerge:
         self.needed = list(needed) or [{} for _ in applied]
         self.additive = all(one.hooks.method.additive for one in applied)
         self.by_rows = all(one.hooks.merges_rows for one in applied)
+        self._zeros = torch.empty(0)
         self._change: tuple[slice, Tensor] | None = None
 
     def merge(self, weight: Tensor, rows: slice) -> Tensor:
@@ -64,7 +64,7 @@ class LayerMerge:
     def unmerge(self, merged: Tensor, rows: slice) -> Tensor:
         """What arithmetic makes of the original rows; a correction puts the rest right. `merged` is overwritten."""
         if self.additive:
-            return merged.sub_(self._sum(merged, rows))
+            return merged.sub_(self._sum(merged, rows).to(merged.dtype))
         for one, params, needed in reversed(list(zip(self._applied, self._params, self.needed, strict=True))):
             merged = one.hooks.unmerge(one.config, {**params, **needed}, merged, rows)
         return merged
@@ -72,11 +72,12 @@ class LayerMerge:
     def _sum(self, weight: Tensor, rows: slice) -> Tensor:
         """Σ f·ΔW: what merging into zeros gives. Unmerging right after merging needs the same again."""
         if self._change is None or self._change[0] != rows:
-            zeros = weight.new_zeros(()).expand_as(weight)
+            if self._zeros.shape != weight.shape or self._zeros.device != weight.device:
+                self._zeros = weight.new_zeros((), dtype=torch.float64).expand_as(weight)
             changes = (
                 one.factor * change if one.factor != 1 else change
                 for one, params in zip(self._applied, self._params, strict=True)
-                for change in [one.hooks.merge(one.config, params, zeros, rows)]
+                for change in [one.hooks.merge(one.config, params, self._zeros, rows)]
             )
             total = next(changes)
             for change in changes:
@@ -95,51 +96,22 @@ class LayerMerge:
             needed[name][rows] = tensor
 
 
-def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 rounded to `dtype`, to nearest, ties to even, in one step.
-
-    torch goes from float64 to a type of 16 bits by way of float32, which rounds twice. That is wrong only where the first
-    rounding ends halfway between two values of that type.
-    """
-    if dtype.itemsize != 2 or not dtype.is_floating_point:
-        return exact.to(dtype)
-    if dtype != torch.bfloat16 or exact.device.type != "cpu":
-        return _to_odd(exact).to(dtype)
-    narrow = exact.float()
-    result = narrow.to(dtype)
-    # bfloat16 is the upper half of float32, so that is where the lower half is 0x8000.
-    bits = narrow.view(torch.int32).numpy().reshape(-1)
-    halfway = np.flatnonzero((bits & 0xFFFF) == 0x8000)
-    beyond = np.abs(exact.numpy().reshape(-1)[halfway]) - np.abs(narrow.numpy().reshape(-1)[halfway])
-    upper = (bits[halfway] >> 16).astype(np.int16)
-    nearest = result.view(torch.int16).numpy().reshape(-1)
-    nearest[halfway] = np.where(beyond > 0, upper + 1, np.where(beyond < 0, upper, nearest[halfway]))
-    return result
-
-
-def _to_odd(exact: Tensor) -> Tensor:
-    """float64 as float32, whose last bit tells whether anything was cut off: then a second rounding is as good as the only one.
-
-    Boldo & Melquiond 2008, Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd.
-    """
-    narrow = exact.float()
-    bits, back = narrow.view(torch.int32), narrow.double()
-    to_odd = (back != exact) & (bits & 1 == 0) & narrow.isfinite()
-    step = torch.where(back.abs() > exact.abs(), -1, 1).to(torch.int32)  # of the bits: they count away from 0
-    return torch.where(to_odd, bits + step, bits).view(torch.float32)
-
-
 def check_finite(name: str, merged: Tensor, stored: Tensor, *params: Mapping[str, Tensor]) -> None:
     """
     Raises:
         MergeError: an entry of `merged` is NaN or infinite where `stored` is finite.
     """
-    if isfinite(merged.sum(dtype=torch.float32)):  # as no sum with such an entry is, and much faster than to look at each
+    if all_finite(merged):
         return
     if not (merged.isfinite() | ~stored.isfinite()).all():
         bad = [key for tensors in params for key, tensor in tensors.items() if not tensor.isfinite().all()]
         why = f"the adapter's {', '.join(bad)} has them" if bad else f"the sum leaves the range of {merged.dtype}"
         raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({why}). Nothing was changed")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: the largest magnitude tells, much faster than to look at each."""
+    return not tensor.numel() or not tensor.is_floating_point() or isfinite(tensor.abs().max())
 
 
 def replacement(name: str, trained: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -151,7 +123,7 @@ def replacement(name: str, trained: Tensor, shape: Sequence[int], dtype: torch.d
     if list(trained.shape) != list(shape):
         raise MergeError(f"{name}: the trained tensor has the shape {list(trained.shape)}, the model's {list(shape)}")
     result = trained.to(dtype)
-    if not result.isfinite().all():
+    if not all_finite(result):
         raise MergeError(f"{name}: the trained tensor has NaN or infinite entries as {dtype}. Nothing was changed")
     return result
 
