@@ -398,3 +398,24 @@ def test_what_the_files_do_not_tell_is_asked_for_and_not_left_out(adapt: Callabl
     told = adapt("inspect", tmp_path, "--target", "@linear", "--kind", "c_proj=Conv1D", "-r", 2, "--json")
     assert json.loads(told.out)["sites"] == ["h.0.c_proj", "h.0.fc1"]
     assert json.loads(adapt("inspect", tmp_path, "--target", "@linear", "--target", "!c_proj", "-r", 2, "--json").out)["matched"] == 1
+
+
+def test_names_in_files_cannot_forge_lines_or_steer_the_terminal(adapt: Adapt, llama: Path, tmp_path: Path) -> None:
+    assert adapt("apply", llama, "--plugin", "lora", "-o", tmp_path / "a").code == 0
+    record = json.loads((tmp_path / "a" / "torchgraft.json").read_text())
+    record["sites"][0]["name"] = "x\nproblem: forged \x1b[2J"
+    (tmp_path / "a" / "torchgraft.json").write_text(json.dumps(record))
+    for result in (adapt("check", llama, tmp_path / "a"), adapt("merge", llama, tmp_path / "a", "-o", tmp_path / "out")):
+        assert result.code == 2
+        assert "\x1b" not in result.out + result.err
+        assert not any(line.startswith("problem: forged") for line in result.out.splitlines())
+    assert len(result.err.splitlines()) == 1
+
+
+def test_a_site_that_is_recorded_twice_is_refused(adapt: Adapt, llama: Path, tmp_path: Path) -> None:
+    assert adapt("apply", llama, "--plugin", "lora", "-o", tmp_path / "a").code == 0
+    record = json.loads((tmp_path / "a" / "torchgraft.json").read_text())
+    record["sites"].append(record["sites"][0])
+    (tmp_path / "a" / "torchgraft.json").write_text(json.dumps(record))
+    result = adapt("check", llama, tmp_path / "a")
+    assert (result.code, "has it twice" in result.out) == (2, True)

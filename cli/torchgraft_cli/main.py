@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("interrupted; nothing was left behind", 128 + signal.SIGINT, debug)
     except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
         hint = "" if debug else "; please report it with the output of adapt --debug …"
-        _fail(f"a bug in adapt: {type(error).__name__}: {' '.join(str(error).split())}{hint}", 1, debug)
+        _fail(f"a bug in adapt: {type(error).__name__}: {error}{hint}", 1, debug)
 
 
 class TerminatedError(BaseException):
@@ -101,13 +101,13 @@ def _one_line(error: Exception) -> str:
         return error.format_message()
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    return str(error)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    click.echo(f"error: {message}", err=True)
+    click.echo(f"error: {plain(message)}", err=True)
     sys.exit(code)
 
 
@@ -115,7 +115,12 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
 ) -> None:
     if issubclass(category, TorchgraftWarning):
-        click.echo(f"warning: {message}", err=True)
+        click.echo(f"warning: {plain(str(message))}", err=True)
+
+
+def plain(text: str) -> str:
+    """In one line, and without what a terminal would obey: names in files can be anything."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in " ".join(text.split()))
 
 
 def echo_json(document: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -112,6 +112,8 @@ def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
     method = registry().method(record["method"]["name"])
     config = parse_config(method.name, method.config, record["config"])
     pairing = Pairing(files, method, config, also_train=tuple(record["also_train"]))
+    twice = [name for name, count in Counter(entry["name"] for entry in record["sites"]).items() if count > 1]
+    pairing.problems += [f"{name}: the adapter's record has it twice" for name in twice]
     for entry in record["sites"]:
         layer, problem = _find_layer(entry, base)
         if layer is None:

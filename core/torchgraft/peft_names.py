@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torchgraft.errors import PairingError
@@ -84,10 +85,37 @@ def _named(wanted: Any, name: str) -> bool:
 
 
 def _match(match: Callable[[str, str], re.Match[str] | None], expression: str, name: str, shown: str) -> re.Match[str] | None:
+    _check_repeats(shown)
     try:
         return match(expression, name)
     except re.error as error:
         raise PairingError(f"adapter_config.json: {shown!r} is not a regular expression: {error}") from None
+
+
+@cache
+def _check_repeats(expression: str) -> None:
+    """Refuse a group that is repeated and has a repeat or a choice in it, `(a+)+` or `(a|a)*`: it may take for ever not to match.
+
+    Raises:
+        PairingError: it has such a group.
+    """
+    groups, closed = [False], False  # whether each open group has such a thing in it; and the group that has just ended
+    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", expression)
+    for place, character in enumerate(plain):
+        is_repeat = character in "*+" or (character == "{" and plain[place + 1 : place + 2].isdigit())
+        if is_repeat and closed:
+            raise PairingError(
+                f"adapter_config.json: {expression!r} repeats a group that has a repeat or a choice in it, which can take for ever; "
+                "write it without"
+            )
+        closed = False
+        if character == "(":
+            groups.append(False)
+        elif character == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+        elif is_repeat or character == "|":
+            groups[-1] = True
 
 
 def _is_suffix(name: str, candidates: Iterable[str]) -> bool:

@@ -67,11 +67,12 @@ def select(
                 raise SelectionError(_nothing_matches(pattern, layers, sites, blocks))
     included = set[str]().union(*(hits[p.text] for p in patterns if not p.exclude))
     excluded = set[str]().union(*(hits[p.text] for p in patterns if p.exclude))
-    if not allow_unmatched and not included - excluded:
+    wanted = included - excluded
+    if not allow_unmatched and not wanted:
         raise SelectionError(_all_excluded(patterns))
     if not allow_unmatched:
         _refuse_unclear(unclear, patterns)
-    chosen = tuple(layer for layer in candidates if layer.name in included - excluded)
+    chosen = tuple(layer for layer in candidates if layer.name in wanted)
     return Selection(chosen, {text: len(names) for text, names in hits.items()})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from torchgraft_cli.main import echo_json
+from torchgraft_cli.main import echo_json, plain
 from torchgraft_cli.options import json_option, kind_option, parse_kinds
 
 
@@ -28,9 +28,9 @@ def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> N
         echo_json({"ok": not verdict.problems, "problems": verdict.problems, "renamed": dict(verdict.renamed)})
     else:
         if verdict.note:
-            click.echo(f"note: {verdict.note}")
+            click.echo(f"note: {plain(verdict.note)}")
         for problem in verdict.problems:
-            click.echo(f"problem: {problem}")
+            click.echo(f"problem: {plain(problem)}")
         if not verdict.problems:
             click.echo(f"{adapter} fits {model}")
     sys.exit(2 if verdict.problems else 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchgraft_cli.main import echo_json
+from torchgraft_cli.main import echo_json, plain
 from torchgraft_cli.options import json_option, kind_option, parse_adapters, parse_kinds, parse_size
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _show(report: MergeReport, dry_run: bool, no_undo: bool) -> None:
     from torchgraft_cli.render import size
 
     for note in report.notes:
-        click.echo(f"note: {note}")
+        click.echo(f"note: {plain(note)}")
     sums = f"{report.merged_tensors} tensors merged, {report.copied_tensors} copied, {size(report.total_bytes)}"
     if dry_run:
         more = f", … {report.files[-1]}" if len(report.files) > 1 else ""
