@@ -31,6 +31,7 @@ docs: .venv/demo
 	$(BIN)/python docs/pictures.py
 
 bench: .venv/bench
+	$(BIN)/python docs/benchmarks/headers.py
 	$(BIN)/python docs/benchmarks/merge.py
 
 bench-methods: .venv/bench
