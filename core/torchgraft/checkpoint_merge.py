@@ -20,11 +20,11 @@ import torchgraft
 from torchgraft.adapter_files import NATIVE, PEFT_CONFIG
 from torchgraft.checkpoint import open_checkpoint
 from torchgraft.digests import digesting
-from torchgraft.errors import FileFormatError, TorchgraftWarning
+from torchgraft.errors import TorchgraftWarning
 from torchgraft.layout import relative_name
 from torchgraft.merge_plan import MergePlan, Onto, plan_merge
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
-from torchgraft.output import Progress, json_bytes, new_directory, refuse_existing, silent
+from torchgraft.output import Progress, check_space, json_bytes, new_directory, refuse_existing, silent
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def merge_checkpoint(
             )
         if dry_run:
             return _report(plan, target, False, _undo_bytes(plan) if undo else 0)
-        _check_space(target, _needed_bytes(plan, undo))
+        check_space(target, _needed_bytes(plan, undo))
         from torchgraft.merge_run import MergeRun
     return _carry_out(MergeRun(plan, digests), target, str(model), verify, undo, progress)
 
@@ -196,15 +196,6 @@ def _report(plan: MergePlan, target: Path, verified: bool, undo_bytes: int) -> M
         undo_bytes=undo_bytes,
         memory=plan.memory,
     )
-
-
-def _check_space(target: Path, needed: int) -> None:
-    parent = next(path for path in target.absolute().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise FileFormatError(
-            f"{target}: the disk has {free:,} bytes free, and the result takes about {needed:,}; free some, or choose another output"
-        )
 
 
 def _needed_bytes(plan: MergePlan, undo: bool) -> int:

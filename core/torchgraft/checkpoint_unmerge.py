@@ -22,7 +22,7 @@ from torchgraft.kinds import Kind
 from torchgraft.layout import Layout, OutputFile, Placed, plan_layout
 from torchgraft.manager import registry
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
-from torchgraft.output import Progress, new_directory, refuse_existing, silent
+from torchgraft.output import Progress, check_space, new_directory, refuse_existing, silent
 from torchgraft.pairing import pair
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.safetensors_header import read_header
@@ -65,6 +65,7 @@ def unmerge_checkpoint(
         raise MergeError(f"{checkpoint.root}: it was merged with --no-undo, so the original bits are not in it; give the base: --base DIR")
     origin = _Base(open_checkpoint(base)) if base is not None else _Merged(checkpoint, record)
     _check_headers(origin, record["headers"])
+    check_space(target, origin.layout.nbytes)
     originals = record["original_tensors"]
     names = {placed.name for placed in origin.layout.tensors}
     if names != originals.keys():

@@ -183,25 +183,17 @@ def _set_quantization(
     changes: dict[str, Change], ingredients: Sequence[Ingredient], base: Base, onto: Onto | None, notes: list[str]
 ) -> None:
     """`onto` quantized: every layer that an adapter's base had quantised is merged onto what it was trained against."""
-    recorded: dict[str, dict[str, Any]] = {}
-    for one in ingredients:
-        native = one.pairing.files.native
-        of_sites = {
-            site["name"]: {**site["quantization"], "from": site["dtype"]} for site in native.get("sites", []) if site.get("quantization")
-        }
-        for own_name, how in {**native.get("quantized", {}), **of_sites}.items():
-            name = one.pairing.modules.get(own_name, own_name)
-            if recorded.setdefault(name, how) != how:
-                raise MergeError(f"{name}: the adapters were trained on different quantizations of it; say --onto original")
+    recorded = {} if onto == "original" else _recorded_quantization(ingredients)
     if onto == "quantized" and not recorded:
         raise MergeError("--onto quantized: no adapter records how its base was quantized; merge with --onto original")
     int8 = [name for name, how in recorded.items() if how.get("type") == "int8"]
     if onto == "quantized" and int8:
         raise MergeError(f"{int8[0]}: it was trained on 8-bit weights, whose round trip is not supported; say --onto original")
-    if not recorded or onto == "original" or int8:
-        for one in ingredients:
-            warn_of_other_weights(one.pairing, [paired.site for paired in one.pairing.sites])
-        return
+    if int8:
+        recorded = {}
+    for number, one in enumerate(ingredients):
+        sites = [paired.site for paired in one.pairing.sites]
+        warn_of_other_weights(one.pairing, sites, requantized=bool(recorded), over_others=number > 0)
     for name, how in recorded.items():
         layer = base.layers.get(name)
         if layer is None or layer.kind != "Linear":
@@ -210,10 +202,25 @@ def _set_quantization(
             )
         Quantization.recorded(how)
         changes.setdefault(f"{name}.weight", Change()).quantization = how
-    notes.append(
-        f"merged onto the weights as quantized, which the adapter was trained against ({len(recorded)} layers); "
-        "--onto original takes the base's own"
-    )
+    if recorded:
+        notes.append(
+            f"merged onto the weights as quantized, which the adapter was trained against ({len(recorded)} layers); "
+            "--onto original takes the base's own"
+        )
+
+
+def _recorded_quantization(ingredients: Sequence[Ingredient]) -> dict[str, dict[str, Any]]:
+    """Layer of the base → how it was quantised when an adapter was trained, and from what dtype."""
+    recorded: dict[str, dict[str, Any]] = {}
+    for one in ingredients:
+        native = one.pairing.files.native
+        sites = [site for site in native.get("sites", []) if site.get("quantization")]
+        found = {**native.get("quantized", {}), **{site["name"]: {**site["quantization"], "from": site["dtype"]} for site in sites}}
+        for own_name, how in found.items():
+            name = one.pairing.modules.get(own_name, own_name)
+            if recorded.setdefault(name, how) != how:
+                raise MergeError(f"{name}: the adapters were trained on different quantizations of it; say --onto original")
+    return recorded
 
 
 def _untied(changes: Mapping[str, Change], base: Base, notes: list[str]) -> tuple[bool, dict[str, str]]:

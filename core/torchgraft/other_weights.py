@@ -11,15 +11,20 @@ from torchgraft.errors import TorchgraftWarning
 from torchgraft.site import Site
 
 
-def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site]) -> None:
-    """Say where an adapter that was trained on quantised weights, or over other adapters, meets other weights."""
+def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site], *, requantized: bool = False, over_others: bool = False) -> None:
+    """Say where an adapter that was trained on quantised weights, or over other adapters, meets other weights.
+
+    Args:
+        requantized: the weights are quantised again as they were.
+        over_others: other adapters are merged before it.
+    """
     recorded = {pairing.renamed.get(site["name"], site["name"]): site for site in pairing.files.native.get("sites", [])}
     quantized, alone = [], []
     for site in sites:
         record = recorded.get(site.name, {})
-        if "quantization" in record and _codes(record["quantization"]) != _codes(site.quantization):
+        if not requantized and "quantization" in record and _codes(record["quantization"]) != _codes(site.quantization):
             quantized.append(site)
-        if record.get("beneath") and not (site.beneath and site.beneath.names()):
+        if record.get("beneath") and not over_others and not (site.beneath and site.beneath.names()):
             alone.append(site)
     if quantized:
         was, now = recorded[quantized[0].name]["quantization"], quantized[0].quantization or quantized[0].dtype

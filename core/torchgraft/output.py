@@ -55,6 +55,19 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise
 
 
+def check_space(target: Path, needed: int) -> None:
+    """
+    Raises:
+        FileFormatError: the disk of `target` has less than `needed` bytes free.
+    """
+    parent = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise FileFormatError(
+            f"{target}: the disk has {free:,} bytes free, and the result takes about {needed:,}; free some, or choose another output"
+        )
+
+
 def _tell_left_over(target: Path) -> None:
     """A run that was killed could not clean up after itself."""
     for path in sorted(target.absolute().parent.glob(f".{glob.escape(target.name)}.*.partial")):
