@@ -249,3 +249,14 @@ def test_an_adapter_for_a_tied_head_is_made_on_files_and_loads(saved: Callable[.
     models.perturb_(adapter.parameters(), 0.3)
     adapter.save(tmp_path / "adapter")
     assert_merges(model, saved("gpt2"), tmp_path / "adapter", tmp_path)
+
+
+def test_one_file_whose_names_differ_is_merged_and_given_back_without_its_config(saved: Callable[..., Path], tmp_path: Path) -> None:
+    model = read(build("llava"), saved("llava"))
+    adapter = tg.apply(model, "lora", ["*language_model*.q_proj"])
+    models.perturb_(adapter.parameters(), 0.3)
+    adapter.save(tmp_path / "adapter")
+    report = tg.merge_checkpoint(saved("llava") / "model.safetensors", tmp_path / "adapter", tmp_path / "out")
+    assert report.notes
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (saved("llava") / "model.safetensors").read_bytes()

@@ -126,3 +126,16 @@ def test_a_quantization_that_is_not_known_is_refused(tmp_path: Path, place: str,
     with pytest.raises(tg.TorchgraftError):
         tg.merge_checkpoint(base, tmp_path / "a", tmp_path / "out", onto="quantized")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_another_adapter_trained_whole_is_replaced(tmp_path: Path) -> None:
+    base, model = write(tmp_path / "base", torch.bfloat16), plain(torch.bfloat16)
+    trained(tmp_path / "a", torch.bfloat16, **OPTIONS[0])
+    other = tg.apply(model, "lora", ["o_proj"], also_train=["down_proj"])
+    perturb_(other.parameters())
+    other.save(tmp_path / "b")
+    tg.merge_checkpoint(base, {tmp_path / "a": 1.0, tmp_path / "b": 1.0}, tmp_path / "out")
+    found, saved = load_file(tmp_path / "out" / "model.safetensors"), load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert found["down_proj.weight"].equal(saved["base_model.model.down_proj.weight"])
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()

@@ -76,7 +76,7 @@ def run() -> None:
         main()
         code = 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

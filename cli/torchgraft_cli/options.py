@@ -153,7 +153,7 @@ def parse_adapters(texts: tuple[str, ...]) -> dict[str | Path, float]:
     """("A", "B=0.5") → {"A": 1, "B": 0.5}. A directory whose name has a `=` in it is taken as it is.
 
     Raises:
-        ConfigError: a weight is not a finite number, or one directory is given twice.
+        ConfigError: a factor is not a finite number, or one directory is given twice.
     """
     found: dict[str | Path, float] = {}
     for text in texts:
@@ -165,9 +165,9 @@ def parse_adapters(texts: tuple[str, ...]) -> dict[str | Path, float]:
         except ValueError:
             factor = nan
         if not isfinite(factor):
-            raise ConfigError(f"{text!r}: {weight!r} is not a number; write an adapter and its weight like path=0.5")
+            raise ConfigError(f"{text!r}: {weight!r} is not a number; write an adapter and its factor like path=0.5")
         if Path(name) in map(Path, found):
-            raise ConfigError(f"{name}: it is given twice; give it once, with the sum of the weights")
+            raise ConfigError(f"{name}: it is given twice; give it once, with the sum of the factors")
         found[name] = factor
     return found
 

@@ -33,14 +33,15 @@ def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | Non
     """
     checkpoint = open_checkpoint(model)
     base = base_of_checkpoint(checkpoint, kinds)
+    problems: list[str] = []
     try:
         files = read_adapter(adapter)
-        already = merged_already(checkpoint, files)
+        problems += [problem for problem in [merged_already(checkpoint, files)] if problem]
         pairing = pair(files, base)
-        problems = [*pairing.problems, *not_finite(pairing, files.read), *_ties(pairing, base)]
+        problems += [*pairing.problems, *not_finite(pairing, files.read), *_ties(pairing, base)]
     except TorchgraftError as error:
-        return Verdict([str(error)])
-    return Verdict([*([already] if already else []), *problems], pairing.renamed, pairing.note)
+        return Verdict([*problems, str(error)])
+    return Verdict(problems, pairing.renamed, pairing.note)
 
 
 def _ties(pairing: Pairing, base: Base) -> list[str]:

@@ -153,7 +153,7 @@ def _headers_of_index(index: Path) -> tuple[Header, ...]:
         raise FileFormatError(f"{index}: it has no weight_map from tensor names to file names")
     headers = []
     for shard in sorted(set(weight_map.values())):
-        if _leaves_directory(shard):
+        if leaves_directory(shard):
             raise FileFormatError(f"{index}: the shard {shard!r} lies outside the directory; refused")
         if not _is_file(index.parent / shard):
             raise FileFormatError(f"{index}: the shard {shard!r} is missing; download or copy it again")
@@ -169,7 +169,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _leaves_directory(name: str) -> bool:
+def leaves_directory(name: str) -> bool:
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name
 

@@ -8,7 +8,6 @@ unmerge needs.
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +35,8 @@ class MergeReport:
     output: Path
     merged_tensors: int
     copied_tensors: int
+    converted_tensors: int
+    """Those that only take another dtype."""
     total_bytes: int
     """Of the weight files."""
     files: tuple[str, ...]
@@ -67,10 +68,10 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write `model` with adapters merged into it to the new directory `output`.
 
-    Arithmetic is in float32 for bfloat16 weights and in float64 for all others, rounded once to the dtype that is written.
+    Arithmetic is in float64, rounded to the dtype that is written.
 
     Args:
-        adapter: its directory; or several, each with its weight f: W + Σ f·ΔW.
+        adapter: its directory; or several, each with its factor f: W + Σ f·ΔW.
         dtype: of every float tensor in the output; empty: as it is.
         onto: "quantized" merges into the weights as they were after quantising, if the adapter was trained on such; the default
             if it was. "original" merges into the base's own.
@@ -101,9 +102,9 @@ def merge_checkpoint(
                 TorchgraftWarning,
                 stacklevel=2,
             )
+        check_space(target, _needed_bytes(plan, undo))
         if dry_run:
             return _report(plan, target, False, _undo_bytes(plan) if undo else 0)
-        check_space(target, _needed_bytes(plan, undo))
         from torchgraft.merge_run import MergeRun
     return _carry_out(MergeRun(plan, digests), target, str(model), verify, undo, progress)
 
@@ -143,12 +144,6 @@ def _write_undo(plan: MergePlan, directory: Path) -> None:
     for name, source in plan.sidecars.base.items():
         if name in plan.rewritten or plan.sidecars.files.get(name) != source:
             copy_into(source, undo / BASE / name)
-    for relative in (RECORD, UNDO):  # of an earlier merge, which unmerging this one gives back
-        earlier = checkpoint.directory / relative
-        if earlier.is_dir():
-            shutil.copytree(earlier, undo / BASE / relative)
-        elif earlier.is_file():
-            copy_into(earlier, undo / BASE / relative)
 
 
 def _record(plan: MergePlan, model: str, digests: Mapping[str, str], verified: str, undo: bool) -> dict[str, Any]:
@@ -161,6 +156,7 @@ def _record(plan: MergePlan, model: str, digests: Mapping[str, str], verified: s
                 "path": str(one.path),
                 "method": one.pairing.method.name,
                 "factor": one.factor,
+                "renamed": dict(one.pairing.renamed),
                 "sha256": sha256(one.pairing.files.tensor_file),
             }
             for one in plan.ingredients
@@ -186,8 +182,9 @@ def _report(plan: MergePlan, target: Path, verified: bool, undo_bytes: int) -> M
     copied = sum(map(plan.is_copied, tensors))
     return MergeReport(
         output=target,
-        merged_tensors=len(tensors) - copied,
+        merged_tensors=len(plan.changes),
         copied_tensors=copied,
+        converted_tensors=len(tensors) - copied - len(plan.changes),
         total_bytes=plan.layout.nbytes,
         files=tuple(file.name for file in plan.layout.files),
         verified=verified,
@@ -200,7 +197,8 @@ def _report(plan: MergePlan, target: Path, verified: bool, undo_bytes: int) -> M
 
 def _needed_bytes(plan: MergePlan, undo: bool) -> int:
     beside = sum(path.stat().st_size for path in plan.sidecars.files.values())
-    return plan.layout.nbytes + beside + (_undo_bytes(plan) if undo else 0)
+    # The corrections are there twice for a moment: their header can be written only when all of them are known.
+    return plan.layout.nbytes + beside + (_undo_bytes(plan) + plan.correction_bytes if undo else 0)
 
 
 def _undo_bytes(plan: MergePlan) -> int:

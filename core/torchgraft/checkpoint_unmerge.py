@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,13 +16,13 @@ from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.digests import digest_range
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError
-from torchgraft.file_blocks import FileBlocks, FileTensor, blocks_of, copy_bytes
+from torchgraft.file_blocks import FileTensor, blocks_of, copy_bytes
 from torchgraft.kinds import Kind
-from torchgraft.layout import Layout, OutputFile, Placed, plan_layout
-from torchgraft.manager import registry
+from torchgraft.layout import Layout, OutputFile, Placed, plan_layout, same_file
+from torchgraft.manager import MethodHooks, registry
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
 from torchgraft.output import Progress, check_space, new_directory, refuse_existing, silent
-from torchgraft.pairing import pair
+from torchgraft.pairing import pair_as
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.safetensors_header import read_header
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
@@ -100,17 +99,14 @@ def _check_headers(origin: _Base | _Merged, expected: Mapping[str, Any]) -> None
 
 
 def _write_files(origin: _Base | _Merged, record: Mapping[str, Any], directory: Path) -> None:
+    """Those beside the weights, the record of an earlier merge included."""
     for name, digest in record["original_files"].items():
-        source = origin.file(name)
-        if source is None:
+        source, target = origin.file(name), inside(directory, name)
+        if not source.is_file():
             raise MergeError(f"{origin.checkpoint.root}: {name} is missing, so the original cannot be given back whole")
-        copy_into(source, inside(directory, name))
-        if sha256(source) != digest:
+        copy_into(source, target)
+        if sha256(target) != digest:
             raise MergeError(f"{source}: it is not the original's any more, so that cannot be given back. Nothing was left behind")
-    for root in origin.earlier():
-        for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-            if path.is_file():
-                copy_into(path, directory / path.relative_to(root.parent))
 
 
 class _Base:
@@ -128,11 +124,8 @@ class _Base:
     def refused(self, name: str) -> MergeError:
         return MergeError(f"{self.checkpoint.root}: {name} is not what was merged into: this is another base, or it was changed since")
 
-    def file(self, name: str) -> Path | None:
-        return _existing(self.checkpoint.directory, name)
-
-    def earlier(self) -> list[Path]:
-        return [path for path in (self.checkpoint.directory / RECORD, self.checkpoint.directory / UNDO) if path.exists()]
+    def file(self, name: str) -> Path:
+        return inside(self.checkpoint.directory, name)
 
 
 class _Merged:
@@ -158,11 +151,12 @@ class _Merged:
             return _copied(source, target, workers)
         sites = self._sites.get(placed.name, [])
         undo = self._undo.read(placed.name, len(sites))
+        if any(not needed and self._hooks(number).has("adapter_undo") for (number, _), needed in zip(sites, undo.needed, strict=True)):
+            raise self._does_not_fit(placed.name)
         merge = TensorMerge(
             placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites), needed=undo.needed
         )
         blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
-        sha = hashlib.sha256() if isinstance(blocks, FileBlocks) else None
         for rows, correction in undo.blocks:
             try:
                 restored = exact.correct(merge.nearly(blocks.read(rows), rows), correction)
@@ -171,10 +165,14 @@ class _Merged:
                     f"{self._root / CORRECTIONS}: it does not fit {placed.name!r}; copy the merged directory again"
                 ) from None
             blocks.write(rows, restored)
-            if sha is not None:
-                sha.update(exact.as_bytes(restored))
             workers.advance(restored.nbytes)
-        return sha.hexdigest() if sha is not None else _digest(target)
+        return _digest(target, workers)
+
+    def _does_not_fit(self, name: str) -> FileFormatError:
+        return FileFormatError(f"{self._root / CORRECTIONS}: it does not fit {name!r}; copy the merged directory again")
+
+    def _hooks(self, number: int) -> MethodHooks:
+        return registry().hooks(self._pairings[number].method.name)
 
     def refused(self, name: str) -> MergeError:
         if self.is_restored(name):
@@ -183,11 +181,9 @@ class _Merged:
             f"{self.checkpoint.root}: {name} was changed since the merge, so the original cannot be given back. Nothing was left behind"
         )
 
-    def file(self, name: str) -> Path | None:
-        return _existing(self._root / BASE, name) or _existing(self.checkpoint.directory, name)
-
-    def earlier(self) -> list[Path]:
-        return [path for path in (self._root / BASE / RECORD, self._root / BASE / UNDO) if path.exists()]
+    def file(self, name: str) -> Path:
+        kept = inside(self._root / BASE, name)
+        return kept if kept.is_file() else inside(self.checkpoint.directory, name)
 
     def _kind(self, name: str) -> Kind | None:
         site = self._record["sites"].get(name.removesuffix(".weight"))
@@ -196,7 +192,7 @@ class _Merged:
     def _applied(self, sites: list[tuple[int, PairedSite]]) -> list[Applied]:
         return [
             Applied(
-                registry().hooks(self._pairings[number].method.name),
+                self._hooks(number),
                 paired.config,
                 site_tensors(self._pairings[number], paired, self._tensors[number]),
                 float(self._record["adapters"][number]["factor"]),
@@ -210,14 +206,13 @@ class _Merged:
         files = []
         for path in sorted(root.rglob("*.header")):
             header = read_header(path, alone=True)
-            placed = tuple(Placed(entry.name, entry.name, entry.dtype, entry.shape, entry.begin) for entry in header.in_file_order)
-            for tensor in placed:
-                found = self.checkpoint.tensors.get(tensor.name)
-                if found is None or found.shape != tensor.shape:
+            for entry in header.in_file_order:
+                found = self.checkpoint.tensors.get(entry.name)
+                if found is None or found.shape != entry.shape:
                     raise MergeError(
-                        f"{self.checkpoint.root}: {tensor.name} is missing or has another shape, so the original cannot be given back"
+                        f"{self.checkpoint.root}: {entry.name} is missing or has another shape, so the original cannot be given back"
                     )
-            files.append(OutputFile(path.relative_to(root).as_posix().removesuffix(".header"), header.raw, placed))
+            files.append(same_file(path.relative_to(root).as_posix().removesuffix(".header"), header))
         return files
 
 
@@ -229,22 +224,19 @@ def _pairings(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Pairing
         for name, site in record["sites"].items()
         if (layer := base.layers.get(name)) and layer.has_weight and layer.dtype in ADAPTABLE
     }
-    # The weights here are the merged ones: hashes, not samples, will tell whether the right bits come out.
-    base = replace(base, layers={**base.layers, **kinds}, fingerprint=lambda _: "")
-    directories = [checkpoint.directory / UNDO / ADAPTERS / str(number) for number in range(len(record["adapters"]))]
-    return [pair(read_adapter(directory), base).demand(base) for directory in directories]
+    base = replace(base, layers={**base.layers, **kinds})
+    root = checkpoint.directory / UNDO / ADAPTERS
+    return [
+        pair_as(read_adapter(root / str(number)), base, entry["renamed"]).demand(base) for number, entry in enumerate(record["adapters"])
+    ]
 
 
 def _copied(source: FileTensor, target: FileTensor, workers: Workers) -> str:
     for nbytes in copy_bytes(source, target):
         workers.advance(nbytes)
-    return _digest(target)
+    return _digest(target, workers)
 
 
-def _digest(file: FileTensor) -> str:
-    return digest_range(file.descriptor, file.begin, file.begin + file.nbytes, file.where)
-
-
-def _existing(directory: Path, name: str) -> Path | None:
-    path = inside(directory, name)
-    return path if path.is_file() else None
+def _digest(file: FileTensor, workers: Workers) -> str:
+    """Of what was written, not of what should have been."""
+    return digest_range(file.descriptor, file.begin, file.begin + file.nbytes, file.where, workers.stopped)

@@ -17,7 +17,7 @@ from torchgraft.digests import became_shorter
 from torchgraft.exact import as_bytes
 from torchgraft.kinds import Kind, Shape
 
-NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP)
+NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """How the kernel says that it cannot copy between these two files itself."""
 
 COPIED = 1 << 26
@@ -61,7 +61,7 @@ class FileTensor:
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype)
         if written:
-            os.posix_fallocate(self.descriptor, self.begin, self.nbytes)  # a full disk would otherwise be a crash
+            _reserve(self.descriptor, self.begin, self.nbytes)
         elif os.fstat(self.descriptor).st_size < self.begin + self.nbytes:
             raise became_shorter(self.where)
         start = self.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -74,6 +74,15 @@ class FileTensor:
     @property
     def is_aligned(self) -> bool:
         return self.begin % self.dtype.itemsize == 0
+
+
+def _reserve(descriptor: int, begin: int, nbytes: int) -> None:
+    """Take the room on the disk: written by way of memory, a full one would be a crash and no error."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, begin, nbytes)
+        return
+    for place in range(begin, begin + nbytes, 1 << 20):
+        os.pwrite(descriptor, bytes(min(1 << 20, begin + nbytes - place)), place)
 
 
 class MappedBlocks(MemoryBlocks):
@@ -137,6 +146,9 @@ def copy_bytes(source: FileTensor, target: FileTensor) -> Iterator[int]:
         except OSError as error:
             if copy is _plain_copy or error.errno not in NO_KERNEL_COPY:
                 raise
+            copy = _plain_copy
+            continue
+        if not copied and copy is _kernel_copy:  # as some file systems say that they cannot
             copy = _plain_copy
             continue
         if not copied:

@@ -67,7 +67,7 @@ def plan_layout(checkpoint: Checkpoint, *, dtype: str = "", max_shard_size: int 
         added: name of a new tensor → the tensor that it is a copy of.
     """
     if not (dtype or max_shard_size or added):
-        return Layout(tuple(_same(checkpoint, header) for header in checkpoint.headers), {}, is_new=False)
+        return Layout(tuple(same_file(relative_name(checkpoint, header), header) for header in checkpoint.headers), {}, is_new=False)
     shards = [list(_entries(header, dtype, added or {})) for header in checkpoint.headers]
     names = [relative_name(checkpoint, header) for header in checkpoint.headers]
     metadata = [header.metadata for header in checkpoint.headers]
@@ -83,9 +83,10 @@ def relative_name(checkpoint: Checkpoint, header: Header) -> str:
     return header.path.relative_to(checkpoint.directory).as_posix()
 
 
-def _same(checkpoint: Checkpoint, header: Header) -> OutputFile:
+def same_file(name: str, header: Header) -> OutputFile:
+    """The file `name` under this very header."""
     tensors = tuple(Placed(entry.name, entry.name, entry.dtype, entry.shape, entry.begin) for entry in header.in_file_order)
-    return OutputFile(relative_name(checkpoint, header), header.raw, tensors)
+    return OutputFile(name, header.raw, tensors)
 
 
 def _entries(header: Header, dtype: str, added: Mapping[str, str]) -> Iterator[tuple[str, TensorEntry, str]]:

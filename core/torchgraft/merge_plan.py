@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torchgraft.adapter_files import read_adapter
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
@@ -20,6 +20,7 @@ from torchgraft.layout import Layout, Placed, plan_layout
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.merge_record import refuse_merged
 from torchgraft.other_weights import warn_of_other_weights
+from torchgraft.output import json_bytes
 from torchgraft.pairing import pair
 from torchgraft.quantization import Quantization
 from torchgraft.sidecars import Sidecars, sha256, sidecars_of
@@ -120,6 +121,14 @@ def plan_merge(
         MergeError: an adapter is merged already, a weight is shared, or the adapters cannot be combined.
         ConfigError: an option has no such value.
     """
+    if not adapters:
+        raise ConfigError("there is no adapter to merge")
+    if onto not in (None, *get_args(Onto)):
+        raise ConfigError(f"onto: {onto!r}; it can be {' or '.join(get_args(Onto))}")
+    if max_shard_size < 0:
+        raise ConfigError(f"max_shard_size: {max_shard_size}; it is a number of bytes")
+    if odd := [factor for factor in adapters.values() if not isfinite(factor)]:
+        raise ConfigError(f"the factor of an adapter is {odd[0]}; it must be a finite number")
     if dtype and dtype not in ADAPTABLE:
         raise ConfigError(f"dtype: {dtype!r}; it can be {', '.join(sorted(ADAPTABLE))}")
     base = base_of_checkpoint(checkpoint, kinds)
@@ -132,6 +141,8 @@ def plan_merge(
     sidecars = sidecars_of(checkpoint, [ingredient.path for ingredient in ingredients])
     if sidecars.from_adapter:
         notes.append(f"taken from the adapter, not the base: {', '.join(sidecars.from_adapter)}")
+    if sidecars.dropped:
+        notes.append(f"left out, for the adapter's tokenizer_config.json has its own chat template: {', '.join(sidecars.dropped)}")
     layout = plan_layout(checkpoint, dtype=dtype, max_shard_size=max_shard_size, added=added)
     return MergePlan(checkpoint, ingredients, changes, layout, sidecars, _rewritten(checkpoint, layout, sidecars, dtype, untied), notes)
 
@@ -147,7 +158,7 @@ def _refuse_same(ingredients: Sequence[Ingredient]) -> None:
     hashes = [sha256(one.pairing.files.tensor_file) for one in ingredients] if len(ingredients) > 1 else []
     for number, found in enumerate(hashes):
         if found in hashes[:number]:
-            raise MergeError(f"{ingredients[number].path}: this adapter is given twice; give it once, with the sum of the weights")
+            raise MergeError(f"{ingredients[number].path}: this adapter is given twice; give it once, with the sum of the factors")
 
 
 def _changes(ingredients: Sequence[Ingredient], notes: list[str]) -> dict[str, Change]:
@@ -159,7 +170,7 @@ def _changes(ingredients: Sequence[Ingredient], notes: list[str]) -> dict[str, C
         for name, tensor in ingredient.pairing.trained.items():
             if ingredient.factor != 1:
                 raise MergeError(
-                    f"{name}: {ingredient.path} holds it trained whole, which cannot be merged with a weight of {ingredient.factor:g}"
+                    f"{name}: {ingredient.path} holds it trained whole, which cannot be merged with a factor of {ingredient.factor:g}"
                 )
             if name in changes:
                 raise MergeError(
@@ -171,7 +182,7 @@ def _changes(ingredients: Sequence[Ingredient], notes: list[str]) -> dict[str, C
         if one.factor != 1:
             raise MergeError(
                 f"{one.path}: the change that {one.hooks.method.name} makes depends on the weight, so it cannot be merged with a "
-                f"weight of {one.factor:g}; only additive methods can"
+                f"factor of {one.factor:g}; only additive methods can"
             )
     if ordered and len(ingredients) > 1:
         names = ", ".join(f"{one.path} ({one.hooks.method.name})" for one in ingredients)
@@ -201,7 +212,9 @@ def _set_quantization(
                 f"{name}: it was quantized when the adapter was trained, and the base has no such linear layer; say --onto original"
             )
         Quantization.recorded(how)
-        changes.setdefault(f"{name}.weight", Change()).quantization = how
+        change = changes.setdefault(f"{name}.weight", Change())
+        if change.replaced is None:
+            change.quantization = how
     if recorded:
         notes.append(
             f"merged onto the weights as quantized, which the adapter was trained against ({len(recorded)} layers); "
@@ -242,16 +255,12 @@ def _untied(changes: Mapping[str, Change], base: Base, notes: list[str]) -> tupl
 def _rewritten(checkpoint: Checkpoint, layout: Layout, sidecars: Sidecars, dtype: str, untied: bool) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     if layout.is_new and (layout.index or INDEX in sidecars.files):
-        found[INDEX] = _json(layout.index)  # empty: one file has none
+        found[INDEX] = json_bytes(layout.index) if layout.index else b""  # one file has none
     if "config.json" in sidecars.files and (dtype or untied):
         config = deepcopy(checkpoint.config)
         for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
             part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part and dtype})
         if untied:
             config["tie_word_embeddings"] = False
-        found["config.json"] = _json(config)
+        found["config.json"] = json_bytes(config)
     return found
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode() if document else b""

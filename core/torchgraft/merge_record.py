@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.checkpoint import Checkpoint, read_json
+from torchgraft.checkpoint import Checkpoint, leaves_directory, read_json
 from torchgraft.errors import FileFormatError, MergeError
 from torchgraft.sidecars import RECORD, sha256
 
@@ -50,7 +50,16 @@ def read_record(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _is_adapter(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("factor"), int | float)
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("factor"), int | float)
+        and _is_map(entry.get("renamed"))
+    )
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
 
 
 def _is_site(entry: Any) -> bool:
@@ -86,7 +95,6 @@ def inside(directory: Path, name: str) -> Path:
     Raises:
         FileFormatError: it does.
     """
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
+    if not name or leaves_directory(name):
         raise FileFormatError(f"{directory}: the record names {name!r}, which lies outside; refused")
-    return path
+    return directory / name

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -25,17 +24,6 @@ from torchgraft.undo_record import Corrections, UndoWriter
 from torchgraft.weights import Applied
 
 
-@dataclass
-class Written:
-    """What came of one tensor."""
-
-    placed: Placed
-    digest: str
-    """Of the base's tensor."""
-    corrections: Corrections
-    needed: Sequence[dict[str, Tensor]] = ()
-
-
 class MergeRun:
     """
     Args:
@@ -53,17 +41,13 @@ class MergeRun:
         """Write every weight file to `directory`, and what undoes it to `corrections`. Returns the digests of the base's tensors."""
         start_files(self.plan.layout, directory)
         workers = Workers(self.plan.layout.nbytes, progress)
-
-        def work(job: tuple[OutputFile, Placed]) -> Written:
-            return self._write(directory, *job, workers, keep=corrections is not None)
-
-        digests = {}
         with nullcontext() if corrections is None else UndoWriter(corrections) as undo:
+
+            def work(job: tuple[OutputFile, Placed]) -> tuple[str, str]:
+                return job[1].source, self._write(directory, *job, workers, undo)
+
             with closing(workers.map(work, jobs(self.plan))) as results:
-                for written in results:
-                    digests[written.placed.source] = written.digest
-                    if undo is not None and written.corrections.blocks:
-                        undo.add(written.placed.name, written.corrections, written.needed)
+                digests = dict(results)
             if undo is not None:
                 undo.finish()
         return digests
@@ -80,33 +64,38 @@ class MergeRun:
         one = self.plan.ingredients[number]
         return Applied(one.hooks, paired.config, site_tensors(one.pairing, paired, self._tensors[number]), one.factor)
 
-    def _write(self, directory: Path, file: OutputFile, placed: Placed, workers: Workers, *, keep: bool) -> Written:
+    def _write(self, directory: Path, file: OutputFile, placed: Placed, workers: Workers, undo: UndoWriter | None) -> str:
+        """Returns the digest of the base's tensor."""
         with opened(self.plan.checkpoint, directory, file, placed) as (source, target):
-            written = Written(placed, self._digests.get(placed.source, ""), Corrections())
+            digest = self._digests.get(placed.source, "")
             if self.plan.is_copied(placed):
                 for nbytes in copy_bytes(source, target):
                     workers.advance(nbytes)
             else:
-                self._rewrite(source, target, written, workers, keep=keep and placed.name == placed.source)
-            written.digest = written.digest or digest_range(source.descriptor, source.begin, source.begin + source.nbytes, source.where)
-            return written
+                digest = self._rewrite(source, target, placed, digest, workers, undo if placed.name == placed.source else None)
+            begin, end = source.begin, source.begin + source.nbytes
+            return digest or digest_range(source.descriptor, begin, end, source.where, workers.stopped)
 
-    def _rewrite(self, source: FileTensor, target: FileTensor, written: Written, workers: Workers, *, keep: bool) -> None:
-        merge = self.tensor_merge(written.placed, source)
+    def _rewrite(
+        self, source: FileTensor, target: FileTensor, placed: Placed, digest: str, workers: Workers, undo: UndoWriter | None
+    ) -> str:
+        """Returns the digest, if it is known now."""
+        merge = self.tensor_merge(placed, source)
         blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
-        sha = hashlib.sha256() if isinstance(blocks, FileBlocks) and not written.digest else None
+        sha = hashlib.sha256() if isinstance(blocks, FileBlocks) and not digest else None
+        corrections = Corrections()
         for rows in blocks.rows:
             original = blocks.read(rows)
             if sha is not None:  # the rows are at hand, and come as they lie
                 sha.update(as_bytes(original))
             merged = merge.merged(original, rows)
             blocks.write(rows, merged)
-            if keep:
-                written.corrections.append(rows, make_correction(original, merge.nearly(merged, rows)))
+            if undo is not None:
+                corrections.append(rows, make_correction(original, merge.nearly(merged, rows)))
             workers.advance(merged.nbytes)
-        if sha is not None:
-            written.digest = sha.hexdigest()
-        written.needed = merge.needed
+        if undo is not None and corrections.blocks:
+            undo.add(placed.name, corrections, merge.needed)
+        return digest if sha is None else sha.hexdigest()
 
 
 def jobs(plan: MergePlan) -> list[tuple[OutputFile, Placed]]:

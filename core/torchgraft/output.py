@@ -44,14 +44,24 @@ def new_directory(target: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         refuse_existing(target)
         temporary.rename(target)
-        _sync(target.absolute().parent)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         for path in made:
             with suppress(OSError):
                 path.rmdir()
         if isinstance(error, OSError):
             raise FileFormatError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+        raise
+    with suppress(OSError):  # some file systems cannot sync a directory; what is in it is synced
+        _sync(target.absolute().parent)
+
+
+def _remove(directory: Path) -> None:
+    """Also if the user is impatient: another interrupt comes through only when it is gone."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
         raise
 
 

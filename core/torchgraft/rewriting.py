@@ -41,6 +41,9 @@ class Workers:
         self._lock = Lock()
         self._total, self._progress = total, progress
 
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
     def advance(self, nbytes: int) -> None:
         """Tell the progress, from any thread.
 
@@ -54,11 +57,19 @@ class Workers:
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
         """`work` on each item. The first error stops all, and is raised."""
+
+        def stopping(item: Item) -> Result:
+            try:
+                return work(item)
+            except BaseException:
+                self._stop.set()
+                raise
+
         with _one_torch_thread(), ThreadPoolExecutor(self.count) as pool:
             waiting: deque[Future[Result]] = deque()
             try:
                 for item in items:
-                    waiting.append(pool.submit(work, item))
+                    waiting.append(pool.submit(stopping, item))
                     if len(waiting) > 2 * self.count:  # results that nobody has taken yet are kept in memory
                         yield waiting.popleft().result()
                 while waiting:

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torchgraft.checkpoint import Checkpoint, read_json
-from torchgraft.errors import FileFormatError
+from torchgraft.errors import FileFormatError, MergeError
 
 RECORD = "torchgraft_merge.json"
 UNDO = "torchgraft_undo"
@@ -58,25 +58,40 @@ class Sidecars:
     """The base's, for they hold the same weights in another form."""
     from_adapter: tuple[str, ...]
     """Which of `files` are an adapter's and not, or not so, the base's."""
+    dropped: tuple[str, ...]
+    """The base's that an adapter's make void."""
     base: Mapping[str, Path]
-    """Those of the base that belong to it: what unmerging gives back."""
+    """Those of the base that belong to it, the record of an earlier merge included: what unmerging gives back."""
 
 
 def sidecars_of(checkpoint: Checkpoint, adapters: Iterable[Path] = ()) -> Sidecars:
     """The files to carry along; a single file has none. An adapter's tokenizer, chat template and processor replace the base's."""
     if not checkpoint.root.is_dir():
-        return Sidecars({}, (), (), {})
+        return Sidecars({}, (), (), (), _earlier(checkpoint.directory))
     base, left_out = _of_base(checkpoint)
-    files, from_adapter = dict(base), list[str]()
+    files, own = dict(base), _of_adapters(adapters)
+    changed = {name: path for name, path in own.items() if name not in base or not filecmp.cmp(path, base[name], shallow=False)}
+    files.update(changed)
+    dropped: tuple[str, ...] = ()
+    if TOKENIZER_CONFIG in changed and TEMPLATE in base and TEMPLATE not in own and read_json(own[TOKENIZER_CONFIG]).get("chat_template"):
+        del files[TEMPLATE]  # it would be taken before the one in the adapter's config
+        dropped = (TEMPLATE,)
+    return Sidecars(files, left_out, tuple(changed), dropped, {**base, **_earlier(checkpoint.root)})
+
+
+def _of_adapters(adapters: Iterable[Path]) -> dict[str, Path]:
+    """
+    Raises:
+        MergeError: two adapters bring different files of one name.
+    """
+    own: dict[str, Path] = {}
     for directory in adapters:
-        own = {path.name: path for path in sorted(directory.iterdir()) if path.is_file() and _matches(path.name, OF_ADAPTER)}
-        for name, path in own.items():
-            if name not in base or not filecmp.cmp(path, base[name], shallow=False):
-                files[name] = path
-                from_adapter.append(name)
-        if TOKENIZER_CONFIG in own and TEMPLATE not in own and read_json(own[TOKENIZER_CONFIG]).get("chat_template"):
-            files.pop(TEMPLATE, None)  # it would be taken before the one in the adapter's config
-    return Sidecars(files, left_out, tuple(dict.fromkeys(from_adapter)), base)
+        for path in sorted(directory.iterdir()):
+            if path.is_file() and _matches(path.name, OF_ADAPTER):
+                other = own.setdefault(path.name, path)
+                if not filecmp.cmp(path, other, shallow=False):
+                    raise MergeError(f"{path}: it is not the same as {other}, and only one of them can go with the model; remove the other")
+    return own
 
 
 def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
@@ -96,9 +111,33 @@ def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
     return carried, tuple(left_out)
 
 
+def _earlier(root: Path) -> dict[str, Path]:
+    """What an earlier merge wrote of itself."""
+    found = [root / RECORD] if (root / RECORD).is_file() else []
+    return {path.relative_to(root).as_posix(): path for path in (*found, *(_files(root / UNDO) if (root / UNDO).is_dir() else ()))}
+
+
 def _files(root: Path) -> list[Path]:
-    """Every file, also in directories that are links, as in a hub's cache."""
-    return sorted(Path(directory) / name for directory, _, names in os.walk(root, followlinks=True) for name in names)
+    """Every file, also in directories that are links, as in a hub's cache. Not in those that hold another merge, whole or begun."""
+    found: list[Path] = []
+    seen = {os.path.realpath(root)}
+    for directory, inside, names in os.walk(root, followlinks=True, onerror=_raise):
+        if Path(directory) != root and RECORD in names:
+            inside.clear()
+            continue
+        found += [Path(directory) / name for name in names]
+        kept = []
+        for name in sorted(inside):
+            real = os.path.realpath(Path(directory) / name)
+            if real not in seen and not fnmatchcase(name, ".*.partial"):  # links can lead in a circle
+                seen.add(real)
+                kept.append(name)
+        inside[:] = kept
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def copy_into(source: Path, target: Path) -> None:

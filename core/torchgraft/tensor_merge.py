@@ -80,7 +80,7 @@ class TensorMerge:
         weight = original.double() if self._start is None else self._start[rows].double()
         result = reference(self._applied, weight, rows)
         smallest = torch.finfo(self._written).smallest_normal
-        largest = result.abs().amax() + weight.abs().amax()
+        largest = sum(tensor.nan_to_num(0, 0, 0).abs().amax() for tensor in (result, weight))
         return result, torch.finfo(self._written).eps * (result.abs() + smallest) + 16 * torch.finfo(torch.float64).eps * largest
 
 

@@ -7,11 +7,11 @@ NAME#needed.N.KEY      what the method of adapter N asked for, by its hook adapt
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torchgraft.errors import FileFormatError
 from torchgraft.exact import Correction, Numbers, as_bytes
 from torchgraft.file_blocks import FileTensor, copy_bytes
 from torchgraft.safetensors_header import dump_header
+
+FilePlace = tuple[str, tuple[int, ...], int]
+"""Dtype, shape and first byte of a tensor."""
 
 
 class Corrections:
@@ -51,38 +54,42 @@ class TensorUndo:
 
 
 class UndoWriter(ExitStack):
-    """Tensors are added one by one; `finish` puts the header before them."""
+    """Tensors are added by any thread, in any order; `finish` puts them in the order of their names, and the header before them."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path, self._data = path, path.with_suffix(".data")
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.enter_context(self._data.open("wb"))
-        self._tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._lock = Lock()
+        self._places: dict[str, FilePlace] = {}
 
     def add(self, name: str, corrections: Corrections, needed: Sequence[dict[str, Tensor]]) -> None:
         blocks = torch.tensor(corrections.blocks, dtype=torch.int64).reshape(-1, 4)
-        self._write(f"{name}#blocks", "int64", tuple(blocks.shape), as_bytes(blocks))
-        for label in ("gap", "step", "wide"):
-            dtype, data = corrections.parts.get(label, ("uint8", bytearray()))
-            self._write(f"{name}#{label}", dtype, (len(data) // dtypes.SIZES[dtype],), memoryview(data))
-        for number, tensors in enumerate(needed):
-            for key, tensor in tensors.items():
-                self._write(f"{name}#needed.{number}.{key}", dtypes.name_of(tensor.dtype), tuple(tensor.shape), as_bytes(tensor))
+        with self._lock:
+            self._write(f"{name}#blocks", "int64", tuple(blocks.shape), as_bytes(blocks))
+            for label, (dtype, data) in corrections.parts.items():
+                self._write(f"{name}#{label}", dtype, (len(data) // dtypes.SIZES[dtype],), memoryview(data))
+            for number, tensors in enumerate(needed):
+                for key, tensor in tensors.items():
+                    self._write(f"{name}#needed.{number}.{key}", dtypes.name_of(tensor.dtype), tuple(tensor.shape), as_bytes(tensor))
 
     def finish(self) -> None:
         self._file.flush()
-        header = dump_header(self._tensors, {"format": "pt"})
+        names = sorted(self._places)
+        header = dump_header({name: self._places[name][:2] for name in names}, {"format": "pt"})
         with self._data.open("rb") as source, self._path.open("wb", buffering=0) as target:
             target.write(header)
-            size = os.fstat(source.fileno()).st_size
-            here = FileTensor(source.fileno(), 0, (size,), "uint8", str(self._data))
-            for _ in copy_bytes(here, FileTensor(target.fileno(), len(header), (size,), "uint8", str(self._path))):
-                pass
+            begin = len(header)
+            for name in names:
+                dtype, shape, at = self._places[name]
+                here = FileTensor(source.fileno(), at, shape, dtype, str(self._data))
+                for nbytes in copy_bytes(here, FileTensor(target.fileno(), begin, shape, dtype, str(self._path))):
+                    begin += nbytes
         self._data.unlink()
 
     def _write(self, name: str, dtype: str, shape: tuple[int, ...], data: memoryview) -> None:
-        self._tensors[name] = dtype, shape
+        self._places[name] = dtype, shape, self._file.tell()
         self._file.write(data)
 
 
@@ -95,16 +102,13 @@ class UndoReader:
     def __init__(self, path: Path) -> None:
         self._checkpoint: Checkpoint = open_checkpoint(path)
         self._path = path
+        self.names = frozenset(key.removesuffix("#blocks") for key in self._checkpoint.tensors if key.endswith("#blocks"))
         self._needed: dict[str, list[tuple[int, str, str]]] = {}
         for key in self._checkpoint.tensors:
             name, _, rest = key.partition("#needed.")
-            if rest:
-                number, _, own = rest.partition(".")
+            number, _, own = rest.partition(".")
+            if own and number.isdecimal() and len(number) < 9:
                 self._needed.setdefault(name, []).append((int(number), own, key))
-
-    @property
-    def names(self) -> set[str]:
-        return {key.removesuffix("#blocks") for key in self._checkpoint.tensors if key.endswith("#blocks")}
 
     def read(self, name: str, adapters: int) -> TensorUndo:
         try:

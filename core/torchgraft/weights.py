@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: in float64, a few rows at a time, rounded once to the weight's own dtype."""
+"""The arithmetic of a merge: in float64, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -50,15 +50,18 @@ class LayerMerge:
         self.additive = all(one.hooks.method.additive for one in applied)
         self.by_rows = all(one.hooks.merges_rows for one in applied)
         self._zeros = torch.empty(0)
-        self._change: tuple[slice, Tensor] | None = None
+        self._last: tuple[slice, Tensor] | None = None
 
     def merge(self, weight: Tensor, rows: slice) -> Tensor:
         """`weight`, the canonical rows `rows` in float64, with the adapters in it. `weight` is overwritten."""
         if self.additive:
             return weight.add_(self._sum(weight, rows))
         for one, params, needed in zip(self._applied, self._params, self.needed, strict=True):
-            self._keep(needed, one.hooks.undo(one.config, params, weight, rows), rows)
-            weight = one.hooks.merge(one.config, params, weight, rows)
+            if one.hooks.method.additive:
+                weight = weight + self._change_of(one, params, weight, rows)
+            else:
+                self._keep(needed, one.hooks.undo(one.config, params, weight, rows), rows)
+                weight = one.hooks.merge(one.config, params, weight, rows)
         return weight
 
     def unmerge(self, merged: Tensor, rows: slice) -> Tensor:
@@ -66,24 +69,25 @@ class LayerMerge:
         if self.additive:
             return merged.sub_(self._sum(merged, rows).to(merged.dtype))
         for one, params, needed in reversed(list(zip(self._applied, self._params, self.needed, strict=True))):
-            merged = one.hooks.unmerge(one.config, {**params, **needed}, merged, rows)
+            if one.hooks.method.additive:
+                merged = merged - self._change_of(one, params, merged, rows)
+            else:
+                merged = one.hooks.unmerge(one.config, {**params, **needed}, merged, rows)
         return merged
 
     def _sum(self, weight: Tensor, rows: slice) -> Tensor:
-        """Σ f·ΔW: what merging into zeros gives. Unmerging right after merging needs the same again."""
-        if self._change is None or self._change[0] != rows:
-            if self._zeros.shape != weight.shape or self._zeros.device != weight.device:
-                self._zeros = weight.new_zeros((), dtype=torch.float64).expand_as(weight)
-            changes = (
-                one.factor * change if one.factor != 1 else change
-                for one, params in zip(self._applied, self._params, strict=True)
-                for change in [one.hooks.merge(one.config, params, self._zeros, rows)]
-            )
-            total = next(changes)
-            for change in changes:
-                total = total + change
-            self._change = rows, total
-        return self._change[1]
+        """Σ f·ΔW. Unmerging right after merging needs the same again."""
+        if self._last is None or self._last[0] != rows:
+            changes = [self._change_of(one, params, weight, rows) for one, params in zip(self._applied, self._params, strict=True)]
+            self._last = rows, sum(changes[1:], changes[0])
+        return self._last[1]
+
+    def _change_of(self, one: Applied, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+        """f·ΔW of an additive method: what merging into zeros gives."""
+        if self._zeros.shape != weight.shape or self._zeros.device != weight.device:
+            self._zeros = weight.new_zeros((), dtype=torch.float64).expand_as(weight)
+        change = one.hooks.merge(one.config, params, self._zeros, rows)
+        return change if one.factor == 1 else one.factor * change
 
     def _keep(self, needed: dict[str, Tensor], found: Mapping[str, Tensor], rows: slice) -> None:
         """What one block of rows gave, at its place among all rows'."""
@@ -111,6 +115,8 @@ def check_finite(name: str, merged: Tensor, stored: Tensor, *params: Mapping[str
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite: the largest magnitude tells, much faster than to look at each."""
+    if tensor.element_size() == 1:
+        tensor = tensor.float()  # torch does not compute with float8
     return not tensor.numel() or not tensor.is_floating_point() or isfinite(tensor.abs().max())
 
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Merge adapters into a checkpoint.")
 @click.argument("model")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=FACTOR]...")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The directory to write; it must not exist."
 )
-@click.option("--dtype", default="", metavar="D", help="Write every float tensor as float32, float16, bfloat16 or float64.")
+@click.option("--dtype", default="", metavar="D", help="Write every tensor of 16, 32 or 64 bits as float32, float16, bfloat16 or float64.")
 @click.option(
     "--onto",
     type=click.Choice(["quantized", "original"]),
@@ -47,7 +47,7 @@ def merge(
 ) -> None:
     """Merge each ADAPTER into MODEL and write the result to OUT, which loads like MODEL, without torchgraft.
 
-    With weights, A=0.5 B=0.5, the changes are summed up: W + 0.5·ΔA + 0.5·ΔB.
+    With factors, A=0.5 B=0.5, the changes are summed up: W + 0.5·ΔA + 0.5·ΔB.
     """
     from torchgraft.checkpoint_merge import merge_checkpoint
     from torchgraft_cli.render import byte_progress
@@ -73,7 +73,7 @@ def merge(
 
 
 def _document(report: MergeReport, dry_run: bool) -> dict[str, Any]:
-    keys = ("merged_tensors", "copied_tensors", "total_bytes", "verified", "undo_bytes", "memory")
+    keys = ("merged_tensors", "copied_tensors", "converted_tensors", "total_bytes", "verified", "undo_bytes", "memory")
     return {
         "output": None if dry_run else str(report.output),
         **{key: getattr(report, key) for key in keys},
@@ -86,7 +86,8 @@ def _show(report: MergeReport, dry_run: bool, no_undo: bool) -> None:
 
     for note in report.notes:
         click.echo(f"note: {plain(note)}")
-    sums = f"{report.merged_tensors} tensors merged, {report.copied_tensors} copied, {size(report.total_bytes)}"
+    converted = f", {report.converted_tensors} converted" if report.converted_tensors else ""
+    sums = f"{report.merged_tensors} tensors merged, {report.copied_tensors} copied{converted}, {size(report.total_bytes)}"
     if dry_run:
         more = f", … {report.files[-1]}" if len(report.files) > 1 else ""
         click.echo(f"nothing was written (--dry-run); it would be {sums}, in {report.output}")
