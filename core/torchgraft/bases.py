@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from torchgraft import fingerprint, renames
+from torchgraft import fingerprint, peft_names, renames
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint
@@ -74,6 +74,14 @@ class Pairing:
     """The adapter's name of a site or a module → the base's, where they differ."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """The same for every module of the base."""
+
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """What the adapter calls the base's tensors that it changes → the base's names; empty if the names are the same."""
+        prefix = peft_names.PREFIX if self.files.peft else ""
+        names = {f"{paired.own_name}.weight": f"{paired.site.name}.weight" for paired in self.sites}
+        names |= {saved.removeprefix(prefix): own for own, saved in self.trained.items()}
+        return names if any(name != own for name, own in names.items()) else {}
 
     @property
     def note(self) -> str:

@@ -156,7 +156,7 @@ def _record(plan: MergePlan, model: str, digests: Mapping[str, str], verified: s
                 "path": str(one.path),
                 "method": one.pairing.method.name,
                 "factor": one.factor,
-                "renamed": dict(one.pairing.renamed),
+                "names": one.pairing.tensor_names,
                 "sha256": sha256(one.pairing.files.tensor_file),
             }
             for one in plan.ingredients

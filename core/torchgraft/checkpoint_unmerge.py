@@ -226,9 +226,7 @@ def _pairings(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[Pairing
     }
     base = replace(base, layers={**base.layers, **kinds})
     root = checkpoint.directory / UNDO / ADAPTERS
-    return [
-        pair_as(read_adapter(root / str(number)), base, entry["renamed"]).demand(base) for number, entry in enumerate(record["adapters"])
-    ]
+    return [pair_as(read_adapter(root / str(number)), base, entry["names"]).demand(base) for number, entry in enumerate(record["adapters"])]
 
 
 def _copied(source: FileTensor, target: FileTensor, workers: Workers) -> str:

@@ -54,7 +54,7 @@ def _is_adapter(entry: Any) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("sha256"), str)
         and isinstance(entry.get("factor"), int | float)
-        and _is_map(entry.get("renamed"))
+        and _is_map(entry.get("names"))
     )
 
 

@@ -16,7 +16,7 @@ from torchgraft.errors import PairingError
 from torchgraft.kinds import Shape
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
-from torchgraft.naming import Naming, own_names, owner_of
+from torchgraft.naming import Naming, own_names
 from torchgraft.peft_pairing import pair_peft
 from torchgraft.planning import site_of
 from torchgraft.selection import near
@@ -42,18 +42,12 @@ def pair(files: AdapterFiles, base: Base) -> Pairing:
     return pairing
 
 
-def pair_as(files: AdapterFiles, base: Base, renamed: Mapping[str, str]) -> Pairing:
-    """As `pair`, under names that were found before, and without a look at the weights.
-
-    Args:
-        renamed: the adapter's name of a site or a module → the base's, where they differ.
-    """
-    if not renamed:
+def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairing:
+    """As `pair`, under the names that were found before (`Pairing.tensor_names`), and without a look at the weights."""
+    if not names:
         return _match(files, base)
-    others = {own: name for name, own in renamed.items()}
-    owners = {tensor: owner_of(tensor, others) for tensor in base.tensors}
-    names = {f"{others[own]}{tensor.removeprefix(own)}" if own else tensor: tensor for tensor, own in owners.items()}
-    return _match_as(files, base, Naming(names))
+    others = set(names.values())
+    return _match_as(files, base, Naming({**{name: name for name in base.tensors if name not in others}, **names}))
 
 
 def _match(files: AdapterFiles, base: Base) -> Pairing:
