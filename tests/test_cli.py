@@ -226,7 +226,7 @@ def test_dry_run_writes_nothing(adapt: Adapt, llama: Path, tmp_path: Path) -> No
 def test_check_merge_and_unmerge(adapt: Adapt, llama: Path, bert: Path, tmp_path: Path) -> None:
     adapter, out, back = tmp_path / "a", tmp_path / "out", tmp_path / "back"
     assert adapt("apply", llama, "--plugin", "lora", "--target", "{q,v}_proj", "--set", "init=swapped", "-o", adapter).code == 0
-    assert parsed(adapt("check", llama, adapter, "--json")) == {"ok": True, "problems": [], "renamed": {}}
+    assert parsed(adapt("check", llama, adapter, "--json")) == {"ok": True, "problems": [], "renamed": {}, "notes": []}
     assert adapt("check", llama, adapter).out == f"{adapter} fits {llama}\n"
     wrong = adapt("check", bert, adapter, "--json")
     assert (wrong.code, wrong.err) == (2, "")

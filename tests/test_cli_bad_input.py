@@ -311,7 +311,7 @@ ADAPTERS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
     "adapter: layer of another model": (lambda: remake(f"{Q}uery"), (f"{Q}uery", "no such layer", f"near names: {Q}")),
     "adapter: layer of another shape": (lambda: remake(V), (V, "[6, 2]", "[3, 2]")),
     "adapter: r of other tensors": (lambda: edit(PEFT, r=3), (f"{Q}.lora_A.weight", "[2, 6]", "[3, 6]")),
-    "adapter: use_dora": (lambda: edit(PEFT, use_dora="yes"), ("lora_magnitude_vector", "is missing")),
+    "adapter: use_dora": (lambda: edit(PEFT, use_dora=True), ("lora_magnitude_vector", "is missing")),
     "adapter: unknown type": (lambda: edit(PEFT, peft_type="IA3"), ("'IA3'", "adapt plugins list")),
     "adapter: target_modules is a number": (lambda: edit(PEFT, target_modules=5), ("adapter_config.json", "target_modules")),
     "adapter: target_modules is no regex": (lambda: edit(PEFT, target_modules="("), ("adapter_config.json", "'('")),

@@ -71,7 +71,9 @@ def strike(folder: Path, command: str, number: int, times: int, seed: int) -> Co
     length = time.monotonic() - start
     shutil.rmtree(out)
     chance, came = random.Random(seed), Counter[str]()
-    for _ in range(times):
+    for attempt in range(4 * times):
+        if attempt >= times and (number != signal.SIGKILL or any(LEFT in what for what in came)):
+            break  # a kill that fell into the work is waited for
         code = run(arguments, number, chance.uniform(0, 1.1 * length))
         left = [path for path in folder.iterdir() if path.name.startswith(".out.")]
         if out.exists():
@@ -127,7 +129,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", ["merge", "unmerge"])
 def test_a_kill_leaves_the_output_absent_or_whole(case: Path, command: str) -> None:
     came = strikes(case, command, signal.SIGKILL, 8)
-    assert sum(came.values()) == 8
+    assert sum(came.values()) >= 8
     assert any("output absent, left something" in what for what in came), "none fell into the work"
 
 
@@ -143,7 +145,7 @@ def test_sixty_kills_leave_the_output_absent_or_whole(tmp_path: Path, command: s
 
 
 @pytest.mark.parametrize("command", ["merge", pytest.param("unmerge", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_cleans_up(case: Path, command: str, number: int, code: int) -> None:
     came = strikes(case, command, number, 6)
     assert {what.partition(",")[0] for what in came} <= {f"exit {code}", "exit 0", f"exit -{int(number)}"}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -218,7 +220,7 @@ def test_a_dtype_that_cannot_hold_a_value_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.embed_tokens.weight[3, 2] = 1e6
     base, adapter = write_model(tmp_path / "base", model), make_adapter(tmp_path / "a")
-    with pytest.raises(MergeError, match=r"embed_tokens\.weight: .*range of torch\.float16"):
+    with pytest.raises(MergeError, match=r"embed_tokens\.weight: it has values beyond the range of torch\.float16"):
         tg.merge_checkpoint(base, adapter, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -451,13 +453,37 @@ def test_other_merges_and_circles_of_links_in_the_base_are_not_carried(tmp_path:
     base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
     (base / "code").mkdir()
     (base / "code" / "model.py").write_text("")
-    tg.merge_checkpoint(base, adapter, base / "out")
+    tg.merge_checkpoint(base, adapter, tmp_path / "first")
+    shutil.copytree(tmp_path / "first", base / "out")
     (base / ".out2.x.partial").mkdir()
     (base / ".out2.x.partial" / "model.safetensors").write_text("")
     (base / "code" / "around").symlink_to("..")
     tg.merge_checkpoint(base, adapter, tmp_path / "out")
     names = {name for name in tree(tmp_path / "out") if not name.startswith("torchgraft_undo")}
     assert names == {"code/model.py", "config.json", "model.safetensors", "torchgraft_merge.json"}
+
+
+@pytest.mark.parametrize("inside", ["base", "a", "first"])
+def test_an_output_inside_a_source_is_refused(tmp_path: Path, inside: str) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    tg.merge_checkpoint(base, adapter, tmp_path / "first")
+    before = tree(tmp_path)
+    out = tmp_path / inside / "deep" / "out"
+    call = (
+        partial(tg.unmerge_checkpoint, tmp_path / "first", out) if inside == "first" else partial(tg.merge_checkpoint, base, adapter, out)
+    )
+    with pytest.raises(FileFormatError, match="lies inside"):
+        call()
+    assert tree(tmp_path) == before
+
+
+def test_files_keep_their_modes(tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    (base / "run.sh").write_text("#!/bin/sh")
+    (base / "run.sh").chmod(0o755)
+    tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert [(tmp_path / name / "run.sh").stat().st_mode & 0o777 for name in ("out", "back")] == [0o755, 0o755]
 
 
 def test_two_adapters_with_different_tokenizers_are_refused(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def test_what_was_resolved_is_said(tmp_path: Path, adapt: Adapt) -> None:
     says = f"note: the adapter's layers.* are model.layers.* here\n{adapter} fits {tmp_path / 'base'}\n"
     assert adapt("check", tmp_path / "base", adapter).out == says
     renamed = {f"layers.{block}.self_attn.q_proj": f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)}
-    assert json.loads(adapt("check", tmp_path / "base", adapter, "--json").out) == {"ok": True, "problems": [], "renamed": renamed}
+    document = json.loads(adapt("check", tmp_path / "base", adapter, "--json").out)
+    assert document == {"ok": True, "problems": [], "renamed": renamed, "notes": ["the adapter's layers.* are model.layers.* here"]}
 
 
 @forms

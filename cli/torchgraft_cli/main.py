@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except (TorchgraftError, click.ClickException, OSError) as error:
         _fail(_one_line(error), 2, debug)
-    except TerminatedError:
-        _fail("terminated; nothing was left behind", 128 + signal.SIGTERM, debug)
+    except TerminatedError as error:
+        _fail("terminated; nothing was left behind", 128 + error.args[0], debug)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was left behind", 128 + signal.SIGINT, debug)
     except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
@@ -63,11 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class TerminatedError(BaseException):
-    """SIGTERM came. All that is unwound cleans up, as it does for an interrupt."""
+    """SIGTERM or SIGHUP came, its number is the argument. All that is unwound cleans up, as it does for an interrupt."""
 
 
-def _terminate(*_: Any) -> None:
-    raise TerminatedError
+def _terminate(number: int, *_: Any) -> None:
+    raise TerminatedError(number)
 
 
 def run() -> None:
@@ -90,7 +90,9 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, _terminate)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, _terminate)
 
 
 def _one_line(error: Exception) -> str:

@@ -39,7 +39,15 @@ PEFT_TYPES = {
     "layers_to_transform": int | list,
     "rank_pattern": dict,
     "alpha_pattern": dict,
+    "r": int,
+    "lora_alpha": int | float,
+    "lora_dropout": int | float,
+    "use_rslora": bool,
+    "use_dora": bool,
 }
+"""The types that PEFT writes."""
+NEEDED = ("r", "lora_alpha")
+"""Those that cannot be null."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +184,8 @@ def _check_peft(path: Path, peft: Mapping[str, Any]) -> None:
     for key, expected in PEFT_TYPES.items():
         value = peft.get(key)
         names = value if isinstance(value, list) and key != "layers_to_transform" else []
-        if value is not None and not (isinstance(value, expected) and all(isinstance(name, str) for name in names)):
+        sound = isinstance(value, expected) and all(isinstance(name, str) for name in names)
+        if not sound and (value is not None or (key in NEEDED and key in peft)):
             raise FileFormatError(f"{path}: {key} = {value!r} is not what PEFT writes there")
 
 

@@ -20,7 +20,7 @@ def read_tensors(pairing: Pairing) -> dict[str, Tensor]:
     """
     tensors = pairing.files.read_all()
     if problems := not_finite(pairing, tensors.__getitem__):
-        raise PairingError(problems[0], tuple(problems))
+        raise PairingError(f"{pairing.files.directory}: {problems[0]}", tuple(problems))
     return tensors
 
 

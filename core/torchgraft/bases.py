@@ -84,6 +84,17 @@ class Pairing:
         return names if any(name != own for name, own in names.items()) else {}
 
     @property
+    def caveat(self) -> str:
+        """What cannot be told of an adapter that PEFT wrote; or ""."""
+        if self.files.native:
+            return ""
+        named = self.files.peft.get("base_model_name_or_path")
+        return (
+            f"{self.files.directory}: PEFT records names and shapes, and nothing of the weights: whether this is its base"
+            f"{f' ({named})' if named else ''}, and whether that was quantized in training, cannot be told"
+        )
+
+    @property
     def note(self) -> str:
         """What was made of names that differ, in one line; or ""."""
         return described(self.renamed)

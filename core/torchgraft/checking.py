@@ -21,8 +21,8 @@ class Verdict:
     """Empty if the adapter fits."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """The adapter's name of a site or a module → the base's, where they differ."""
-    note: str = ""
-    """The same in one line."""
+    notes: tuple[str, ...] = ()
+    """The same in words, and what cannot be told."""
 
 
 def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | None = None) -> Verdict:
@@ -41,7 +41,7 @@ def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | Non
         problems += [*pairing.problems, *not_finite(pairing, files.read), *_ties(pairing, base)]
     except TorchgraftError as error:
         return Verdict([*problems, str(error)])
-    return Verdict(problems, pairing.renamed, pairing.note)
+    return Verdict(problems, pairing.renamed, tuple(note for note in (pairing.note, "" if problems else pairing.caveat) if note))
 
 
 def _ties(pairing: Pairing, base: Base) -> list[str]:

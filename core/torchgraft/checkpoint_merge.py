@@ -23,7 +23,7 @@ from torchgraft.errors import TorchgraftWarning
 from torchgraft.layout import relative_name
 from torchgraft.merge_plan import MergePlan, Onto, plan_merge
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
-from torchgraft.output import Progress, check_space, json_bytes, new_directory, refuse_existing, silent
+from torchgraft.output import Progress, check_space, json_bytes, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def merge_checkpoint(
         max_shard_size: bytes of a weight file. 0: the base's own files.
         verify: read the written tensors back and compare them with a float64 reference.
         undo: write what `unmerge_checkpoint` needs.
-        dry_run: check everything and write nothing.
+        dry_run: plan it, and write nothing. Values are not looked at.
         kinds: pattern → kind, for layers whose kind the files do not tell.
         progress: called with the number of bytes that were just written, and of all that will be.
 
@@ -92,13 +92,15 @@ def merge_checkpoint(
     refuse_existing(target)
     adapters = adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
     checkpoint = open_checkpoint(model)
+    for source in (checkpoint.root, *map(Path, adapters)):
+        refuse_inside(target, source)
     # The hashes of the base are taken by one core while the other imports torch.
     background: AbstractContextManager[dict[str, str]] = nullcontext({}) if dry_run else digesting(checkpoint)
     with background as digests:
         plan = plan_merge(checkpoint, adapters, dtype=dtype, onto=onto, max_shard_size=max_shard_size, kinds=kinds)
         if plan.sidecars.left_out:
             warnings.warn(
-                f"left out, for they hold the unmerged weights in another form: {', '.join(plan.sidecars.left_out)}",
+                f"left out, for they look like weights and are not merged into: {', '.join(plan.sidecars.left_out)}",
                 TorchgraftWarning,
                 stacklevel=2,
             )
@@ -197,8 +199,7 @@ def _report(plan: MergePlan, target: Path, verified: bool, undo_bytes: int) -> M
 
 def _needed_bytes(plan: MergePlan, undo: bool) -> int:
     beside = sum(path.stat().st_size for path in plan.sidecars.files.values())
-    # The corrections are there twice for a moment: their header can be written only when all of them are known.
-    return plan.layout.nbytes + beside + (_undo_bytes(plan) + plan.correction_bytes if undo else 0)
+    return plan.layout.nbytes + beside + (_undo_bytes(plan) if undo else 0)
 
 
 def _undo_bytes(plan: MergePlan) -> int:

@@ -21,7 +21,7 @@ from torchgraft.kinds import Kind
 from torchgraft.layout import Layout, OutputFile, Placed, plan_layout, same_file
 from torchgraft.manager import MethodHooks, registry
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
-from torchgraft.output import Progress, check_space, new_directory, refuse_existing, silent
+from torchgraft.output import Progress, check_space, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.pairing import pair_as
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.safetensors_header import read_header
@@ -57,6 +57,7 @@ def unmerge_checkpoint(
     target = Path(output)
     refuse_existing(target)
     checkpoint = open_checkpoint(merged)
+    refuse_inside(target, checkpoint.root)
     record = read_record(checkpoint)
     if not record:
         raise MergeError(f"{checkpoint.root}: no {RECORD} in it, so it was not merged by torchgraft; there is nothing to take back")

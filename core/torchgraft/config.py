@@ -103,6 +103,13 @@ def parse_config(method: str, config: type[C], values: Mapping[str, Any]) -> C:
         raise ConfigError("; ".join(_explain(method, config, problem) for problem in error.errors())) from None
 
 
+def explained(error: Exception) -> str:
+    """What is wrong with a config, in words of the field: without what the library says of itself."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}" for each in error.errors())
+    return " ".join(str(error).split())
+
+
 def _explain(method: str, config: type[Config], problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
     if not name:  # several options that do not go together

@@ -26,7 +26,7 @@ from torchgraft.quantization import Quantization
 from torchgraft.sidecars import Sidecars, sha256, sidecars_of
 
 Onto = Literal["quantized", "original"]
-SPARSE = 8
+SPARSE = 16
 """What is merged takes this many times the bytes of its corrections, or more: 5 to 30 times were measured."""
 WORKING = 160 << 20
 """Bytes that the workers need for their blocks of rows."""
@@ -83,7 +83,7 @@ class MergePlan:
 
     @property
     def correction_bytes(self) -> int:
-        """About how many the undo record's corrections take: an eighth of what is merged, all of what is replaced or loses bits."""
+        """About how many the undo record's corrections take: a sixteenth of what is merged, all of what is replaced or loses bits."""
         total = 0
         for placed in self.layout.tensors:
             stored, change = self.checkpoint.tensors[placed.source], self.changes.get(placed.name)
@@ -134,7 +134,7 @@ def plan_merge(
     base = base_of_checkpoint(checkpoint, kinds)
     ingredients = [_ingredient(checkpoint, base, path, factor) for path, factor in adapters.items()]
     _refuse_same(ingredients)
-    notes = [one.pairing.note for one in ingredients if one.pairing.note]
+    notes = [note for one in ingredients for note in (one.pairing.note, one.pairing.caveat) if note]
     changes = _changes(ingredients, notes)
     _set_quantization(changes, ingredients, base, onto, notes)
     untied, added = _untied(changes, base, notes)

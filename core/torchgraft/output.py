@@ -50,7 +50,10 @@ def new_directory(target: Path) -> Iterator[Path]:
             with suppress(OSError):
                 path.rmdir()
         if isinstance(error, OSError):
-            raise FileFormatError(f"{target}: cannot be written: {error.strerror or error}; nothing was left behind") from error
+            what = f"{target}: cannot be written"
+            if error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(temporary):
+                what = f"{os.fsdecode(error.filename)}: cannot be read"
+            raise FileFormatError(f"{what}: {error.strerror or error}; nothing was left behind") from error
         raise
     with suppress(OSError):  # some file systems cannot sync a directory; what is in it is synced
         _sync(target.absolute().parent)
@@ -74,7 +77,8 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise FileFormatError(
-            f"{target}: the disk has {free:,} bytes free, and the result takes about {needed:,}; free some, or choose another output"
+            f"{target}: the disk has {free:,} bytes free, and the result takes about {needed:,}; free some, choose another output, or "
+            "leave out the undo record (--no-undo)"
         )
 
 
@@ -96,6 +100,15 @@ def refuse_existing(target: Path) -> None:
     """
     if target.exists() or target.is_symlink():
         raise FileFormatError(f"{target}: exists already; choose another output, or remove it first")
+
+
+def refuse_inside(target: Path, source: Path) -> None:
+    """
+    Raises:
+        FileFormatError: `target` would be a part of the directory `source`.
+    """
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise FileFormatError(f"{target}: lies inside {source}, which is not to be changed; choose another output")
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
-from torchgraft.config import Config
+from torchgraft.config import Config, explained
 from torchgraft.errors import PairingError
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
@@ -56,7 +56,7 @@ def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors
         peft["lora_alpha"] = peft_names.pattern_value(peft.get("alpha_pattern") or {}, layer.name, peft.get("lora_alpha", 8))
         config = pairing.method.peft.from_config(peft, site)
     except (TypeError, ValueError) as error:
-        pairing.problems.append(f"{layer.name}: adapter_config.json is not valid for it: {' '.join(str(error).split())}")
+        pairing.problems.append(f"{layer.name}: adapter_config.json is not valid for it: {explained(error)}")
         return
     except PairingError as error:
         pairing.problems.append(str(error))
@@ -71,7 +71,9 @@ def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:
         try:
             config = method.peft.from_config(files.peft) if method.peft is not None else None
         except (TypeError, ValueError) as error:
-            raise PairingError(f"{files.directory}: adapter_config.json is not valid: {' '.join(str(error).split())}") from None
+            raise PairingError(f"{files.directory}: adapter_config.json is not valid: {explained(error)}") from None
+        except PairingError as error:
+            raise PairingError(f"{files.directory}: {error}") from None
         if config is not None:
             return method, config
     said = f"peft_type {kind!r}" + (" with use_dora" if files.peft.get("use_dora") else "")

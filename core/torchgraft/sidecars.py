@@ -141,9 +141,9 @@ def _raise(error: OSError) -> None:
 
 
 def copy_into(source: Path, target: Path) -> None:
-    """Copy one file (the content of a link), with the directories above it."""
+    """Copy one file (the content of a link) and its mode, with the directories above it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    shutil.copy(source, target)
 
 
 def sha256(path: Path) -> str:

@@ -65,7 +65,7 @@ class TensorMerge:
             return self._trained[rows]
         weight = (original if self._start is None else self._start[rows]).to(torch.float64, copy=True)
         result = (self._layer.merge(weight, rows) if self._layer is not None else weight).to(self._written)
-        check_finite(self.name, result, original, *(one.params for one in self._applied))
+        check_finite(self.name, result, original, [one.params for one in self._applied])
         return result
 
     def nearly(self, merged: Tensor, rows: slice) -> Tensor:

@@ -100,17 +100,18 @@ class LayerMerge:
             needed[name][rows] = tensor
 
 
-def check_finite(name: str, merged: Tensor, stored: Tensor, *params: Mapping[str, Tensor]) -> None:
+def check_finite(name: str, merged: Tensor, stored: Tensor, params: Sequence[Mapping[str, Tensor]]) -> None:
     """
     Raises:
         MergeError: an entry of `merged` is NaN or infinite where `stored` is finite.
     """
-    if all_finite(merged):
+    if all_finite(merged) or (merged.isfinite() | ~stored.isfinite()).all():
         return
-    if not (merged.isfinite() | ~stored.isfinite()).all():
-        bad = [key for tensors in params for key, tensor in tensors.items() if not tensor.isfinite().all()]
-        why = f"the adapter's {', '.join(bad)} has them" if bad else f"the sum leaves the range of {merged.dtype}"
-        raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({why}). Nothing was changed")
+    if not params:
+        raise MergeError(f"{name}: it has values beyond the range of {merged.dtype}; choose another dtype. Nothing was changed")
+    bad = [key for tensors in params for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    why = f"the adapter's {', '.join(bad)} has them" if bad else f"the sum leaves the range of {merged.dtype}"
+    raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({why}). Nothing was changed")
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -25,10 +25,12 @@ def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> N
 
     verdict = compare(model, adapter, parse_kinds(kinds))
     if as_json:
-        echo_json({"ok": not verdict.problems, "problems": verdict.problems, "renamed": dict(verdict.renamed)})
+        echo_json(
+            {"ok": not verdict.problems, "problems": verdict.problems, "renamed": dict(verdict.renamed), "notes": list(verdict.notes)}
+        )
     else:
-        if verdict.note:
-            click.echo(f"note: {plain(verdict.note)}")
+        for note in verdict.notes:
+            click.echo(f"note: {plain(note)}")
         for problem in verdict.problems:
             click.echo(f"problem: {plain(problem)}")
         if not verdict.problems:

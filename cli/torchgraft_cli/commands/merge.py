@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     type=click.Choice(["quantized", "original"]),
     help="Merge into the weights as they were quantized for training (the default if they were), or into the base's own.",
 )
-@click.option("--max-shard-size", metavar="S", help="The largest weight file: 5GB, 500MB. By default, the base's own files.")
+@click.option("--max-shard-size", metavar="S", help="The most data in one weight file: 5GB, 500MB. By default, the base's own files.")
 @click.option("--no-verify", is_flag=True, help="Do not read the result back to compare it with the formula.")
 @click.option("--no-undo", is_flag=True, help="Do not keep what 'adapt unmerge' needs.")
 @kind_option
-@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, from names, shapes and sizes, and write nothing.")
 @json_option
 def merge(
     model: str,
