@@ -340,6 +340,13 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path: Path) -> None
     assert plan.undo_bytes > 0
 
 
+def test_a_dry_run_tells_that_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 990, 10))
+    (note,) = tg.merge_checkpoint(base, adapter, tmp_path / "out", dry_run=True).notes
+    assert note.startswith("it would be refused: the disk has 10 bytes free")
+
+
 def test_progress_tells_every_byte_and_of_how_many(tmp_path: Path) -> None:
     base, adapter = write_model(tmp_path / "base", Small(), shards=2), make_adapter(tmp_path / "a")
     told: list[tuple[int, int]] = []

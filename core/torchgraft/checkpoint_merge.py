@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torchgraft.errors import TorchgraftWarning
 from torchgraft.layout import relative_name
 from torchgraft.merge_plan import MergePlan, Onto, plan_merge
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
-from torchgraft.output import Progress, check_space, json_bytes, new_directory, refuse_existing, refuse_inside, silent
+from torchgraft.output import Progress, check_space, json_bytes, new_directory, refuse_existing, refuse_inside, silent, space_problem
 from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
 
 if TYPE_CHECKING:
@@ -104,9 +104,12 @@ def merge_checkpoint(
                 TorchgraftWarning,
                 stacklevel=2,
             )
-        check_space(target, _needed_bytes(plan, undo))
+        needed = _needed_bytes(plan, undo)
         if dry_run:
-            return _report(plan, target, False, _undo_bytes(plan) if undo else 0)
+            report = _report(plan, target, False, _undo_bytes(plan) if undo else 0)
+            problem = space_problem(target, needed)
+            return replace(report, notes=(*report.notes, *([f"it would be refused: {problem}"] if problem else [])))
+        check_space(target, needed)
         from torchgraft.merge_run import MergeRun
     return _carry_out(MergeRun(plan, digests), target, str(model), verify, undo, progress)
 

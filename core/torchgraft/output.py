@@ -73,13 +73,15 @@ def check_space(target: Path, needed: int) -> None:
     Raises:
         FileFormatError: the disk of `target` has less than `needed` bytes free.
     """
+    if problem := space_problem(target, needed):
+        raise FileFormatError(f"{target}: {problem}; free some, choose another output, or leave out the undo record (--no-undo)")
+
+
+def space_problem(target: Path, needed: int) -> str:
+    """Says so if the disk of `target` has less than `needed` bytes free; else empty."""
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise FileFormatError(
-            f"{target}: the disk has {free:,} bytes free, and the result takes about {needed:,}; free some, choose another output, or "
-            "leave out the undo record (--no-undo)"
-        )
+    return f"the disk has {free:,} bytes free, and the result takes about {needed:,}" if free < needed else ""
 
 
 def _tell_left_over(target: Path) -> None:
