@@ -8,7 +8,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -256,46 +255,9 @@ def test_files_are_cut_anew_and_given_back_as_they_were(tmp_path: Path, shards: 
     assert tree(tmp_path / "back") == tree(base)
 
 
-def write_sidecars(folder: Path, files: Mapping[str, str]) -> None:
-    for name, text in files.items():
-        (folder / name).write_text(text)
-
-
-def test_the_adapter_s_tokenizer_and_chat_template_win_and_the_base_s_come_back(tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
-    write_sidecars(base, {"tokenizer.json": "{}", "vocab.txt": "a", "chat_template.jinja": "base", "generation_config.json": '{"x": 1}'})
-    write_sidecars(
-        adapter,
-        {"tokenizer.json": '{"own": 1}', "vocab.txt": "a", "chat_template.jinja": "mine", "added_tokens.json": "{}", "README.md": "#"},
-    )
-    report = tg.merge_checkpoint(base, adapter, tmp_path / "out")
-    assert report.notes == ("taken from the adapter, not the base: added_tokens.json, chat_template.jinja, tokenizer.json",)
-    found = {name: data.decode() for name, data in tree(tmp_path / "out").items() if "/" not in name and "safetensors" not in name}
-    del found["torchgraft_merge.json"], found["config.json"]
-    assert found == {
-        "tokenizer.json": '{"own": 1}',
-        "vocab.txt": "a",
-        "chat_template.jinja": "mine",
-        "added_tokens.json": "{}",
-        "generation_config.json": '{"x": 1}',
-    }
-    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(base)
-
-
-def test_a_chat_template_in_the_adapter_s_tokenizer_config_is_not_hidden_by_the_base_s_file(tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
-    write_sidecars(base, {"tokenizer_config.json": "{}", "chat_template.jinja": "base"})
-    write_sidecars(adapter, {"tokenizer_config.json": '{"chat_template": "mine"}'})
-    tg.merge_checkpoint(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out" / "chat_template.jinja").exists()
-    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(base)
-
-
 def test_the_base_gives_the_originals_back_without_an_undo_record(tmp_path: Path) -> None:
     base, adapter = write_model(tmp_path / "base", Small(), shards=2), make_adapter(tmp_path / "a")
-    write_sidecars(base, {"tokenizer.json": "{}"})
+    (base / "tokenizer.json").write_text("{}")
     tg.merge_checkpoint(base, adapter, tmp_path / "out", undo=False)
     with pytest.raises(MergeError, match="--base DIR"):
         tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
@@ -309,7 +271,7 @@ def test_the_base_gives_the_originals_back_without_an_undo_record(tmp_path: Path
         (write_model(tmp_path / "other", other, shards=2), r"embed_tokens\.weight is not what was merged into"),
         (write_model(tmp_path / "cut", Small()), "headers"),
     ):
-        write_sidecars(folder, {"tokenizer.json": "{}"})
+        (folder / "tokenizer.json").write_text("{}")
         with pytest.raises(MergeError, match=match):
             tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "again", base=folder)
         assert not (tmp_path / "again").exists()
@@ -454,60 +416,6 @@ def test_entries_that_are_not_finite_in_the_base_stay_so(tmp_path: Path) -> None
     assert found["q_proj.weight"].isfinite().sum() == 62
     tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(base)
-
-
-def test_other_merges_and_circles_of_links_in_the_base_are_not_carried(tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
-    (base / "code").mkdir()
-    (base / "code" / "model.py").write_text("")
-    tg.merge_checkpoint(base, adapter, tmp_path / "first")
-    shutil.copytree(tmp_path / "first", base / "out")
-    (base / ".out2.x.partial").mkdir()
-    (base / ".out2.x.partial" / "model.safetensors").write_text("")
-    (base / "code" / "around").symlink_to("..")
-    tg.merge_checkpoint(base, adapter, tmp_path / "out")
-    names = {name for name in tree(tmp_path / "out") if not name.startswith("torchgraft_undo")}
-    assert names == {"code/model.py", "config.json", "model.safetensors", "torchgraft_merge.json"}
-
-
-@pytest.mark.parametrize("inside", ["base", "a", "first"])
-def test_an_output_inside_a_source_is_refused(tmp_path: Path, inside: str) -> None:
-    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
-    tg.merge_checkpoint(base, adapter, tmp_path / "first")
-    before = tree(tmp_path)
-    out = tmp_path / inside / "deep" / "out"
-    call = (
-        partial(tg.unmerge_checkpoint, tmp_path / "first", out) if inside == "first" else partial(tg.merge_checkpoint, base, adapter, out)
-    )
-    with pytest.raises(FileFormatError, match="lies inside"):
-        call()
-    assert tree(tmp_path) == before
-
-
-def test_files_keep_their_modes(tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
-    (base / "run.sh").write_text("#!/bin/sh")
-    (base / "run.sh").chmod(0o755)
-    tg.merge_checkpoint(base, adapter, tmp_path / "out")
-    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
-    assert [(tmp_path / name / "run.sh").stat().st_mode & 0o777 for name in ("out", "back")] == [0o755, 0o755]
-
-
-def test_two_adapters_with_different_tokenizers_are_refused(tmp_path: Path) -> None:
-    base, adapters = write_model(tmp_path / "base", Small()), [make_adapter(tmp_path / f"a{seed}", seed=seed) for seed in (0, 1)]
-    for number, adapter in enumerate(adapters):
-        write_sidecars(adapter, {"tokenizer.json": f'{{"n": {number}}}', "vocab.txt": "a"})
-    with pytest.raises(MergeError, match=r"tokenizer\.json: it is not the same as .*remove the other"):
-        tg.merge_checkpoint(base, dict.fromkeys(adapters, 0.5), tmp_path / "out")
-
-
-def test_an_older_template_in_the_same_config_leaves_the_base_s_file(tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
-    for folder in (base, adapter):
-        write_sidecars(folder, {"tokenizer_config.json": '{"chat_template": "older"}'})
-    write_sidecars(base, {"chat_template.jinja": "base"})
-    assert tg.merge_checkpoint(base, adapter, tmp_path / "out").notes == ()
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "base"
 
 
 def test_unmerging_proves_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
