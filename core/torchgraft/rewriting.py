@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from torchgraft.checkpoint import Checkpoint
+from torchgraft.digests import quick_turns
 from torchgraft.file_blocks import FileTensor
 from torchgraft.layout import Layout, OutputFile, Placed
 from torchgraft.output import Progress, silent
@@ -94,7 +95,8 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     _keep_freed_memory()
     try:
-        yield
+        with quick_turns():
+            yield
     finally:
         torch.set_num_threads(before)
 
