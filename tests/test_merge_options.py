@@ -402,6 +402,20 @@ def test_the_record_of_an_earlier_merge_is_given_back_with_proof(tmp_path: Path,
         tg.unmerge_checkpoint(tmp_path / "twice", tmp_path / "again")
 
 
+def test_three_merges_come_off_one_after_the_other(tmp_path: Path) -> None:
+    folders = [write_model(tmp_path / "0", Small())]
+    for number, method in enumerate(["lora", "dora", "lora"], 1):
+        model = Small(torch.float32)
+        model.load_state_dict({name: tensor.float() for name, tensor in all_tensors(folders[-1]).items()})
+        folders.append(tmp_path / f"{number}")
+        tg.merge_checkpoint(folders[-2], make_adapter(tmp_path / f"a{number}", method, number, model=model), folders[-1])
+    merged = folders[-1]
+    for number in (2, 1, 0):
+        tg.unmerge_checkpoint(merged, tmp_path / f"back{number}")
+        merged = tmp_path / f"back{number}"
+        assert tree(merged) == tree(folders[number])
+
+
 def test_entries_that_are_not_finite_in_the_base_stay_so(tmp_path: Path) -> None:
     model = Small(torch.float32)
     with torch.no_grad():

@@ -152,8 +152,10 @@ class _Merged:
             return _copied(source, target, workers)
         sites = self._sites.get(placed.name, [])
         undo = self._undo.read(placed.name, len(sites))
-        if any(not needed and self._hooks(number).has("adapter_undo") for (number, _), needed in zip(sites, undo.needed, strict=True)):
-            raise self._does_not_fit(placed.name)
+        for (number, _), needed in zip(sites, undo.needed, strict=True):
+            hooks = self._hooks(number)
+            if not needed and hooks.has("adapter_undo") and not hooks.method.additive:
+                raise self._does_not_fit(placed.name)
         merge = TensorMerge(
             placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites), needed=undo.needed
         )
@@ -162,9 +164,7 @@ class _Merged:
             try:
                 restored = exact.correct(merge.nearly(blocks.read(rows), rows), correction)
             except ValueError:
-                raise FileFormatError(
-                    f"{self._root / CORRECTIONS}: it does not fit {placed.name!r}; copy the merged directory again"
-                ) from None
+                raise self._does_not_fit(placed.name) from None
             blocks.write(rows, restored)
             workers.advance(restored.nbytes)
         return _digest(target, workers)

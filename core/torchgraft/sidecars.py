@@ -113,8 +113,8 @@ def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
 
 def _earlier(root: Path) -> dict[str, Path]:
     """What an earlier merge wrote of itself."""
-    found = [root / RECORD] if (root / RECORD).is_file() else []
-    return {path.relative_to(root).as_posix(): path for path in (*found, *(_files(root / UNDO) if (root / UNDO).is_dir() else ()))}
+    found = (root / RECORD, *sorted((root / UNDO).rglob("*")))  # with those of still earlier merges in it
+    return {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
 
 
 def _files(root: Path) -> list[Path]:

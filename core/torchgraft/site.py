@@ -160,8 +160,3 @@ def to_canonical(kind: Kind, stored: Tensor) -> Tensor:
 
     wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
     return kind.to_canonical(stored).to(wide)
-
-
-def from_canonical(kind: Kind, matrix: Tensor, like: Tensor) -> Tensor:
-    """`matrix` in the shape and dtype of the stored weight `like`: the one rounding of a merge."""
-    return kind.from_canonical(matrix, tuple(like.shape)).to(like.dtype).contiguous()
