@@ -193,6 +193,7 @@ def _site_record(saved: SavedSite, default: Config) -> dict[str, Any]:
         "kind": saved.site.kind.stored_as or saved.site.kind.name,
         "shape": list(saved.site.shape),
         "dtype": saved.site.dtype,
+        "bias": saved.site.has_bias,
         "groups": saved.site.groups,
         "config": {key: value for key, value in own.items() if value != common[key]},
         "fingerprint": saved.fingerprint,

@@ -110,6 +110,7 @@ def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> La
         dtype=weight.dtype,
         params=params,
         bytes=size,
+        has_bias="bias" in tensors,
         reason=UNKNOWN.format(name=name) if is_open else reason,
         has_weight="weight" in tensors,
         is_open=is_open,

@@ -69,7 +69,7 @@ class Undo:
     form: Form | None = None
     """Of a quantised layer: what it was before it became a dense one."""
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """What a module that is trained whole had before."""
+    """What was replaced: of a module that is trained whole, all; else a bias that was merged into."""
     fingerprint: str = ""
     """Of the weight before the merge."""
 

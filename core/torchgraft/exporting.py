@@ -112,7 +112,9 @@ def _recorded_base(files: AdapterFiles) -> Base:
         )
     sites = files.native["sites"]
     layers = {
-        site["name"]: Layer(site["name"], site["kind"], tuple(site["shape"]), site["dtype"], 0, 0, groups=site.get("groups", 1))
+        site["name"]: Layer(
+            site["name"], site["kind"], tuple(site["shape"]), site["dtype"], 0, 0, site.get("bias", False), site.get("groups", 1)
+        )
         for site in sites
     }
     prefix = peft_names.PREFIX if files.peft else ""
@@ -149,13 +151,15 @@ class Folded:
 def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], nearest: Nearest | None) -> Folded:
     """Exact if the method has it so, else the nearest."""
     site = paired.site
+    if hooks.merges_bias and site.has_bias:
+        raise MergeError(f"{site.name}: {hooks.method.name} changes its bias, too, and a LoRA changes none; merge it ('adapt merge')")
     if hooks.has("adapter_to_lora"):
         if nearest is not None:
             raise ConfigError(f"{hooks.method.name} is the same function as a LoRA of its own rank; leave out the rank")
         return Folded(site, *hooks.to_lora(site, paired.config, params))
     if nearest is None:
         raise MergeError(
-            f"{site.name}: the change that {hooks.method.name} makes depends on the weight, so no LoRA is the same. Merge it "
+            f"{site.name}: no LoRA is the same as what {hooks.method.name} makes of it. Merge it "
             "('adapt merge'), or take the nearest LoRA of a rank that you choose: --rank R --base MODEL"
         )
     weight = to_canonical(site.kind, nearest.checkpoint.read(nearest.layers[site.name].weight_name))

@@ -27,9 +27,10 @@ COPIED = 1 << 26
 class FileBlocks:
     """Blocks of a weight whose canonical rows lie one after the other in the file."""
 
-    def __init__(self, source: FileTensor, target: FileTensor, columns: int) -> None:
+    def __init__(self, source: FileTensor, target: FileTensor, columns: int, *, by_rows: bool = True) -> None:
         self._source, self._target, self._columns = source, target, columns
-        self.rows = row_blocks(prod(source.shape) // max(1, columns), columns)
+        rows = prod(source.shape) // max(1, columns)
+        self.rows = row_blocks(rows, columns) if by_rows else [slice(0, rows)]
         self._buffer = bytearray()
 
     def read(self, rows: slice) -> Tensor:
@@ -101,7 +102,7 @@ class MappedBlocks(MemoryBlocks):
 def blocks_of(source: FileTensor, target: FileTensor, kind: Kind | None, *, by_rows: bool = True) -> Blocks:
     """Blocks of the tensor, whatever its kind; of one that is no layer's weight, of its flat entries."""
     if kind is None:
-        return FileBlocks(source, target, 1)
+        return FileBlocks(source, target, 1, by_rows=by_rows)
     if by_rows and lies_by_rows(kind, source.shape):
         return FileBlocks(source, target, kind.canonical_shape(source.shape)[1])
     return MappedBlocks(kind, source, target, by_rows=by_rows)

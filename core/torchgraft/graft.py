@@ -57,6 +57,12 @@ class Stack:
                 weight = part.hooks.merge(part.config, widened(part.tensors(), weight.dtype, weight.device), weight)
         return weight
 
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        for part in self._parts():
+            if part.hooks.merges_bias:
+                bias = part.hooks.merge_bias(part.config, part.tensors(), bias)
+        return bias
+
     def names(self) -> list[str]:
         """Of the adapters."""
         found = self._parts()

@@ -89,6 +89,15 @@ def adapter_unmerge(config: Any, params: Mapping[str, Tensor], weight: Tensor, r
 
 
 @hookspec(firstresult=True)
+def adapter_merge_bias(config: Any, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:  # type: ignore[empty-body]
+    """The bias of the adapted layer, from `bias` (out_features,). Called by merge for layers that have one, without gradients.
+
+    Optional: without it, a merge leaves the bias as it is. Params and `bias` come in float64. Returns a new tensor. There is
+    no inverse to write, for unmerge gives back the original. In training, an adapter above this one asks for it, too.
+    """
+
+
+@hookspec(firstresult=True)
 def adapter_to_lora(site: Site, config: Any, params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:  # type: ignore[empty-body]
     """(s, {"A", "B"}) of the plain LoRA that is the same function: ΔW = s·B·A. Called by `adapt export --to lora`.
 

@@ -61,6 +61,17 @@ class Kind(ABC):
     def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
         """B applied to what `project_in` returned: Linear (…, r) → (…, out)."""
 
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        """The layer's own operation with `matrix` (out_features, in_features) for its weight, and no bias: Linear (…, in) → (…, out).
+
+        By way of an identity for B; a kind that knows a shorter way says so.
+        """
+        import torch
+
+        return self.project_out(
+            module, self.project_in(module, x, matrix), torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        )
+
     def dropout(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
         """The layer's input with entries dropped, in training."""
         return _dropout(x, p, module)
@@ -118,6 +129,9 @@ class Linear(Kind):
         from torch.nn import functional as F
 
         return F.linear(h, b)
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.project_in(module, x, matrix)
 
 
 class Conv1D(Linear):
@@ -179,6 +193,9 @@ class Embedding(Kind):
 
         return F.linear(h, b)
 
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.project_in(module, x, matrix)
+
     def unfit(self, module: nn.Module) -> str:
         if module.max_norm is not None:
             return "has max_norm, which rewrites its weight in every forward"
@@ -231,6 +248,10 @@ class ConvNd(Kind):
 
         convolution = getattr(F, f"conv{self.dimensions}d")
         out: Tensor = convolution(h, b.reshape(*b.shape, *(1,) * self.dimensions), groups=module.groups)
+        return out
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        out: Tensor = module._conv_forward(x.to(matrix.dtype), matrix.reshape(module.weight.shape), None)  # type: ignore[operator, arg-type]
         return out
 
 

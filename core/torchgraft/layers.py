@@ -25,6 +25,8 @@ class Layer:
     params: int
     """Elements in all the module's own tensors."""
     bytes: int
+    has_bias: bool = False
+    """Whether one of its tensors is called bias."""
     groups: int = 1
     """Of a grouped convolution."""
     aliases: tuple[str, ...] = ()

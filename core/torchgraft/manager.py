@@ -261,6 +261,14 @@ class MethodHooks:
         restored: Tensor = self._caller("adapter_unmerge")(config=config, params=params, weight=weight, rows=rows)
         return restored
 
+    @property
+    def merges_bias(self) -> bool:
+        return self.has("adapter_merge_bias")
+
+    def merge_bias(self, config: Any, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:
+        merged: Tensor = self._caller("adapter_merge_bias")(config=config, params=params, bias=bias)
+        return merged
+
     def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
         """Empty if the method needs nothing."""
         tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight, rows=rows)

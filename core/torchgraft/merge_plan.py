@@ -57,10 +57,14 @@ class Change:
     """The ingredient whose tensor of this name takes its place."""
     quantization: Mapping[str, Any] = field(default_factory=dict)
     """How the weight is quantised, and dequantised again, before anything is merged into it."""
+    is_bias: bool = False
+    """Whether it is a layer's bias."""
 
     @property
     def kind(self) -> Kind | None:
-        """Of the layer whose weight it is; None if nothing is merged into it."""
+        """Of the layer whose weight it is; None if it is none."""
+        if self.is_bias:
+            return None
         return self.sites[0][1].site.kind if self.sites else registry().kind("Linear") if self.quantization else None
 
 
@@ -87,7 +91,7 @@ class MergePlan:
         total = 0
         for placed in self.layout.tensors:
             stored, change = self.checkpoint.tensors[placed.source], self.changes.get(placed.name)
-            whole = change is not None and (change.replaced or change.quantization)
+            whole = change is not None and (change.replaced or change.quantization or change.is_bias)
             narrower = SIZES[placed.dtype] < SIZES[stored.dtype]
             if change is not None or narrower:
                 total += (stored.end - stored.begin) // (1 if whole or narrower else SPARSE)
@@ -166,6 +170,8 @@ def _changes(ingredients: Sequence[Ingredient], notes: list[str]) -> dict[str, C
     for number, ingredient in enumerate(ingredients):
         for paired in ingredient.pairing.sites:
             changes.setdefault(f"{paired.site.name}.weight", Change()).sites.append((number, paired))
+            if ingredient.hooks.merges_bias and paired.site.has_bias:
+                changes.setdefault(f"{paired.site.name}.bias", Change(is_bias=True)).sites.append((number, paired))
     for number, ingredient in enumerate(ingredients):
         for name, tensor in ingredient.pairing.trained.items():
             if ingredient.factor != 1:

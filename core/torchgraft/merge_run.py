@@ -12,6 +12,7 @@ from torch import Tensor
 from torchgraft import dtypes
 from torchgraft.adapter_tensors import read_tensors, site_tensors
 from torchgraft.bases import PairedSite
+from torchgraft.bias_merge import BiasMerge
 from torchgraft.digests import digest_range
 from torchgraft.exact import as_bytes, make_correction
 from torchgraft.file_blocks import FileBlocks, FileTensor, blocks_of, copy_bytes
@@ -52,11 +53,13 @@ class MergeRun:
                 undo.finish()
         return digests
 
-    def tensor_merge(self, placed: Placed, source: FileTensor) -> TensorMerge:
+    def tensor_merge(self, placed: Placed, source: FileTensor) -> TensorMerge | BiasMerge:
         """The arithmetic of one tensor that is not only copied."""
         change, written = self.plan.changes.get(placed.name, Change()), dtypes.torch_dtype(placed.dtype)
-        trained = None if change.replaced is None else self._tensors[change.replaced[0]][change.replaced[1]]
         applied = [self._applied(number, paired) for number, paired in change.sites]
+        if change.is_bias:
+            return BiasMerge(placed.name, source.dtype, written, applied)
+        trained = None if change.replaced is None else self._tensors[change.replaced[0]][change.replaced[1]]
         start = _start(change.quantization, source)
         return TensorMerge(placed.name, placed.shape, source.dtype, written, change.kind, applied, trained=trained, start=start)
 

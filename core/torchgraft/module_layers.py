@@ -74,6 +74,7 @@ def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tu
         dtype=dtypes.name_of(kind.dtype_of(module) if kind else weight.dtype),
         params=sum(prod(shape) if tensor is weight else tensor.numel() for tensor in new),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in new),
+        has_bias="bias" in own,
         groups=getattr(module, "groups", 1) if kind else 1,
         aliases=tuple(names[1:]),
         tied=tied,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from torchgraft.bias_merge import BiasMerge
 from torchgraft.dequantized import Dequantized
 from torchgraft.errors import MergeError
 from torchgraft.exact import BITS, Undo, digest, make_correction, restore
@@ -113,21 +114,33 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
     kind, params, original = part.site.kind, part.tensors(), part.site.stored_weight()
     applied, needed = Applied(part.hooks, part.config, params), dict[str, Tensor]()
     merged = merge_tensor(name, kind, applied, original, needed)
+    bias = _merged_bias(name, applied, module)
     undo = Undo(
         snapshot=_snapshot(params),
-        merged={"weight": digest(merged)},
+        merged={"weight": digest(merged), **{key: digest(tensor) for key, tensor in bias.items()}},
+        originals=_snapshot({key: module._parameters[key] for key in bias}),  # type: ignore[misc]
         depth=_merges_on(module),
         fingerprint=frozen_fingerprint(part.site) if part.hooks.method.additive else of_site(part.site),
     )
     if kind.quantized and not isinstance(module, Dequantized):
         # Codes have no room for the result: the layer is dense until it is unmerged.
         undo = replace(undo, form=form_of(module))
-        become(module, form_of(Dequantized(merged, module.bias)))  # type: ignore[arg-type]
+        new = nn.Parameter(bias["bias"], requires_grad=False) if bias else module.bias
+        become(module, form_of(Dequantized(merged, new)))  # type: ignore[arg-type]
     else:
         nearly = unmerge_tensor(kind, applied, merged, needed)
         undo = replace(undo, correction=make_correction(original, nearly), original=digest(original), needed=needed)
-        _write({"weight": module.weight}, {"weight": merged})  # type: ignore[dict-item]
+        _write(own_state(module), {"weight": merged, **bias})
     part.undo = undo
+
+
+def _merged_bias(name: str, applied: Applied, module: nn.Module) -> dict[str, Tensor]:
+    """Empty if the layer has none, or the method leaves it as it is."""
+    bias = module._parameters.get("bias")
+    if bias is None or not applied.hooks.merges_bias:
+        return {}
+    original = bias.detach()
+    return {"bias": BiasMerge(f"{name}.bias", bias.dtype, bias.dtype, [applied]).merged(original, slice(None))}
 
 
 def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
@@ -157,7 +170,7 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
         assert undo.correction is not None
         applied = Applied(part.hooks, part.config, undo.snapshot)
         nearly = unmerge_tensor(part.site.kind, applied, weight.detach(), dict(undo.needed))
-        _write({"weight": weight}, {"weight": restore(nearly, undo.correction, undo.original, name)})
+        _write(own_state(module), {"weight": restore(nearly, undo.correction, undo.original, name), **undo.originals})
     else:
         _write(own_state(module), undo.originals)
     part.undo = None

@@ -127,6 +127,9 @@ def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
         if layer is None:
             pairing.problems.append(problem or _no_layer(entry["name"], pairing, base))
             continue
+        if entry.get("bias", layer.has_bias) != layer.has_bias and registry().hooks(method.name).merges_bias:
+            with_, without = ("the base", "the adapter's") if layer.has_bias else ("the adapter's", "the base")
+            pairing.problems.append(f"{entry['name']}: {with_} layer has a bias and {without} has none, which {method.name} changes, too")
         own = config.with_(method.name, entry["config"])
         pairing.sites.append(PairedSite(site_of(layer), own, entry["name"]))
     return pairing

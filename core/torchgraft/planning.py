@@ -127,6 +127,7 @@ def site_of(layer: Layer, module: nn.Module | None = None, read: Callable[[], An
         kind=kind,
         shape=layer.shape,
         dtype=layer.dtype,
+        has_bias=layer.has_bias,
         groups=layer.groups,
         padding_idx=getattr(module, "padding_idx", None),
         quantization=kind.quantization(module) if module is not None else {},

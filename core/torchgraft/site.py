@@ -23,6 +23,9 @@ class Beneath(Protocol):
     def tensors(self) -> list[Tensor]:
         """All of theirs."""
 
+    def merged_bias(self, bias: Tensor) -> Tensor:
+        """The bias with them in it."""
+
     def names(self) -> list[str]:
         """Of the adapters, in their order."""
 
@@ -36,6 +39,7 @@ class Site:
     shape: Shape
     """Of the weight as it is stored."""
     dtype: str
+    has_bias: bool = False
     groups: int = 1
     """Of a grouped convolution."""
     padding_idx: int | None = None
@@ -85,8 +89,9 @@ class Site:
 
     @property
     def bias(self) -> Tensor | None:
-        """The layer's bias, (out_features,), if it has one."""
-        return getattr(self._module, "bias", None)
+        """The layer's bias, (out_features,), if it has one: as in `base(x)`, with the adapters in it that were attached before."""
+        bias: Tensor | None = getattr(self._module, "bias", None)
+        return bias if bias is None or self.beneath is None else self.beneath.merged_bias(bias)
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """`vector` (out_features,) shaped so that it goes along with the layer's output."""
@@ -128,6 +133,13 @@ class Site:
     def project_out(self, h: Tensor, b: Tensor) -> Tensor:
         """B (out_features, r) applied to the result of `project_in`: for a Linear, (…, r) → (…, out)."""
         return self.kind.project_out(self._module, h, b)
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """The layer's own operation with `matrix` (out_features, in_features) for its weight, and without its bias.
+
+        For a Linear, (…, in) → (…, out). A low-rank change is cheaper by `project_in` and `project_out`.
+        """
+        return self.kind.project(self._module, x, matrix)
 
     @property
     def _module(self) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchgraft.blocks import MemoryBlocks
 from torchgraft.kinds import Kind, Shape
-from torchgraft.weights import Applied, LayerMerge, check_finite, exactly, replacement
+from torchgraft.weights import Applied, LayerMerge, check_finite, exactly, replacement, tolerance
 
 
 class TensorMerge:
@@ -79,9 +79,7 @@ class TensorMerge:
             return self._trained[rows].double(), torch.zeros(1)
         weight = original.double() if self._start is None else self._start[rows].double()
         result = reference(self._applied, weight, rows)
-        smallest = torch.finfo(self._written).smallest_normal
-        largest = sum(tensor.nan_to_num(0, 0, 0).abs().amax() for tensor in (result, weight))
-        return result, torch.finfo(self._written).eps * (result.abs() + smallest) + 16 * torch.finfo(torch.float64).eps * largest
+        return result, tolerance(self._written, result, weight)
 
 
 @torch.no_grad()

@@ -135,6 +135,13 @@ def replacement(name: str, trained: Tensor, shape: Sequence[int], dtype: torch.d
     return result
 
 
+def tolerance(written: torch.dtype, result: Tensor, original: Tensor) -> Tensor:
+    """How far from `result`, in float64, each entry of a merge may be: one unit of `written`, and what float64 itself loses."""
+    smallest = torch.finfo(written).smallest_normal
+    largest = sum(tensor.nan_to_num(0, 0, 0).abs().amax() for tensor in (result, original))
+    return torch.finfo(written).eps * (result.abs() + smallest) + 16 * torch.finfo(torch.float64).eps * largest
+
+
 def exactly(tensor: Tensor) -> torch.autocast:
     """A block in which an autocast that the caller is in does not narrow the arithmetic."""
     return torch.autocast(tensor.device.type, enabled=False)

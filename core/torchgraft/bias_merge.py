@@ -1,0 +1,54 @@
+"""How a layer's bias becomes that of the merge. It is small: it is worked on whole, and its original is kept whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchgraft.weights import Applied, check_finite, exactly, tolerance, widened
+
+
+class BiasMerge:
+    """What `TensorMerge` is for a weight.
+
+    Args:
+        stored: its dtype in the base.
+        written: its dtype in the merge.
+    """
+
+    kind = None
+    by_rows = False
+    needed: Sequence[dict[str, Tensor]] = ()
+
+    def __init__(self, name: str, stored: torch.dtype, written: torch.dtype, applied: Sequence[Applied]) -> None:
+        self._name, self._stored, self._written, self._applied = name, stored, written, applied
+
+    def merged(self, original: Tensor, rows: slice) -> Tensor:
+        """
+        Raises:
+            MergeError: an entry that was finite would become NaN or infinite.
+        """
+        result = self._sum(original).to(self._written)
+        check_finite(self._name, result, original, [one.params for one in self._applied])
+        return result
+
+    def nearly(self, merged: Tensor, rows: slice) -> Tensor:
+        """The merge itself: the correction holds the whole difference."""
+        return merged.to(self._stored)
+
+    def expected(self, original: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The bias in float64, and how far from it each entry of the merge may be."""
+        result = self._sum(original)
+        return result, tolerance(self._written, result, original.double())
+
+    @torch.no_grad()
+    def _sum(self, original: Tensor) -> Tensor:
+        """One adapter after the other, in float64. A factor f takes f of the change."""
+        result = original.reshape(-1).double()
+        with exactly(result):
+            for one in self._applied:
+                merged = one.hooks.merge_bias(one.config, widened(one.params, torch.float64, result.device), result)
+                result = merged if one.factor == 1 else result + one.factor * (merged - result)
+        return result.reshape(original.shape)

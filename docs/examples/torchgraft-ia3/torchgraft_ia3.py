@@ -1,0 +1,65 @@
+"""IA³ (Liu et al. 2022, arXiv 2205.05638): one trained factor for each output of a layer, or for each of its inputs.
+
+    h = l ⊙ (W₀·x + b)        side = "output", l (out,): for keys and values
+    h = W₀·(l ⊙ x) + b        side = "input", l (in,): for the second layer of a feed-forward block
+
+l starts at 1, the pretrained model. The merge scales rows of W₀, and the bias with them, or columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+import torchgraft as tg
+from torchgraft import hookimpl
+
+LINEAR = frozenset({"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"})
+
+
+class Ia3Config(tg.Config):
+    side: Literal["output", "input"] = Field("output", description="what is scaled: the layer's outputs, or its inputs")
+
+
+@hookimpl
+def adapter_method() -> tg.Method:
+    reference, summary = "https://arxiv.org/abs/2205.05638", "scales the outputs or the inputs of a layer"
+    return tg.Method("ia3", Ia3Config, summary, reference, kinds=LINEAR)
+
+
+@hookimpl
+def adapter_init(site: tg.Site, config: Ia3Config) -> dict[str, Tensor]:
+    return {"l": torch.ones(site.out_features if config.side == "output" else site.in_features)}
+
+
+@hookimpl
+def adapter_forward(config: Ia3Config, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+    if config.side == "input":
+        return base((x * params["l"]).to(x.dtype))
+    h = base(x)
+    return (h * params["l"]).to(h.dtype)
+
+
+@hookimpl
+def adapter_merge(config: Ia3Config, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+    return weight * _factors(config, params, rows)
+
+
+@hookimpl
+def adapter_unmerge(config: Ia3Config, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
+    factors = _factors(config, params, rows)
+    return weight / factors.where(factors != 0, 1)
+
+
+@hookimpl
+def adapter_merge_bias(config: Ia3Config, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:
+    return bias * params["l"] if config.side == "output" else bias
+
+
+def _factors(config: Ia3Config, params: Mapping[str, Tensor], rows: slice) -> Tensor:
+    """l as a column of these rows, or as a row."""
+    return params["l"][rows, None] if config.side == "output" else params["l"]

@@ -1,0 +1,203 @@
+"""Methods that change a layer's bias, too: in memory, in files, under other adapters, and on layers that have none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import torchgraft as tg
+from models import perturb_
+from thirdparty import registered
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "Linear": lambda: (nn.Linear(6, 10), torch.randn(3, 6)),
+    "square": lambda: (nn.Linear(7, 7), torch.randn(3, 7)),
+    "Conv1D": lambda: (_filled(Conv1D(10, 6)), torch.randn(3, 6)),
+    "Conv2d": lambda: (nn.Conv2d(4, 6, 3, groups=2, stride=2), torch.randn(2, 4, 7, 7)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _methods() -> Iterator[None]:
+    with registered("bitfit", "ia3"):
+        yield
+
+
+def _filled(layer: nn.Module) -> nn.Module:
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def _model(layer: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return nn.Sequential(layer).to(dtype).eval()
+
+
+def _changed(method: str, params: dict[str, Tensor], bias: Tensor) -> Tensor:
+    """The bias that the method should give, in float64."""
+    wide = bias.double()
+    return wide + params["delta"].double() if method == "bitfit" else wide * params["l"].double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("method", "layer"), [("bitfit", "Linear"), ("bitfit", "Conv2d"), ("bitfit", "Conv1D"), ("ia3", "square"), ("ia3", "Conv1D")]
+)
+def test_the_bias_is_merged_and_comes_back_to_the_last_bit(method: str, layer: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = LAYERS[layer]()
+    model, x = _model(module, dtype), x.to(dtype)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapter = tg.apply(model, method, targets=["0"])
+    perturb_(adapter.parameters())
+    forward = model(x)
+    assert not torch.equal(forward, _without(adapter, model, x))
+    adapter.merge()
+    expected = _changed(method, adapter.parts["0"].tensors(), before["0.bias"]).to(dtype)
+    torch.testing.assert_close(model[0].bias, expected, rtol=0, atol=0)
+    torch.testing.assert_close(model(x), forward, rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+    adapter.unmerge()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items() if key in before)
+    torch.testing.assert_close(model(x), forward, rtol=0, atol=0)
+
+
+def _without(adapter: tg.Adapter, model: nn.Module, x: Tensor) -> Tensor:
+    with adapter.disabled():
+        return model(x)
+
+
+def test_an_edited_bias_is_not_unmerged() -> None:
+    model = _model(nn.Linear(6, 10))
+    adapter = tg.apply(model, "ia3", targets=["0"])
+    perturb_(adapter.parameters())
+    adapter.merge()
+    with torch.no_grad():
+        model[0].bias[3] += 1
+    with pytest.raises(tg.MergeError, match="bias was changed since the merge"):
+        adapter.unmerge()
+
+
+def test_a_quantized_layer_is_merged_with_its_bias_and_gets_both_back() -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 32)
+    model = nn.Sequential(tg.quantized_linear(dense, tg.Quantization(compute_dtype="float32"))).eval()
+    x, bias = torch.randn(3, 64), model[0].bias
+    adapter = tg.apply(model, "ia3", targets=["0"])
+    perturb_(adapter.parameters())
+    forward = model(x)
+    adapter.merge()
+    torch.testing.assert_close(model(x), forward)
+    assert not torch.equal(model[0].bias, bias)
+    adapter.unmerge()
+    assert model[0].bias is bias
+    torch.testing.assert_close(model(x), forward)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_dora_above_takes_the_changed_bias_out(merged: bool) -> None:
+    """h = W'x + l·b, with W' made of diag(l)·W: what lies beneath changes both."""
+    torch.manual_seed(0)
+    model, x = _model(nn.Linear(6, 10), torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    beneath = tg.apply(model, "ia3", targets=["0"], name="beneath")
+    perturb_(beneath.parameters())
+    above = tg.apply(model, "dora", targets=["0"], name="above", rank=2, dtype="float64")
+    perturb_(above.parameters())
+    params, scale = above.parts["0"].tensors(), above.config.scale
+    factors = beneath.parts["0"].tensors()["l"].double()
+    with torch.no_grad():
+        v = factors[:, None] * model[0].weight + scale * params["B"] @ params["A"]
+        expected = x @ (params["m"][:, None] * v / v.norm(dim=1, keepdim=True)).T + factors * model[0].bias
+    if merged:
+        beneath.merge()
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    root = tmp_path / "model"
+    root.mkdir()
+    tensors = {"a.q_proj.weight": torch.randn(10, 6), "a.q_proj.bias": torch.randn(10), "b.o_proj.weight": torch.randn(6, 10)}
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    (root / "config.json").write_text('{"model_type": "llama"}')
+    return root
+
+
+def _tree(checkpoint: Path) -> nn.Module:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"q_proj": nn.Linear(6, 10)}), "b": nn.ModuleDict({"o_proj": nn.Linear(10, 6, bias=False)})})
+    model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    return model
+
+
+def _saved(checkpoint: Path, method: str, targets: list[str], seed: int = 1) -> tuple[Path, dict[str, Tensor]]:
+    """An adapter that was trained on the checkpoint's model, and its tensors for a.q_proj."""
+    adapter = tg.apply(_tree(checkpoint), method, targets=targets)
+    perturb_(adapter.parameters(), seed=seed)
+    target = checkpoint.parent / f"{method}-{seed}"
+    adapter.save(target)
+    return target, {key: tensor.detach() for key, tensor in adapter.parts["a.q_proj"].tensors().items()}
+
+
+@pytest.mark.parametrize("dtype", ["", "bfloat16"])
+@pytest.mark.parametrize(("method", "targets"), [("bitfit", ["q_proj"]), ("ia3", ["q_proj", "o_proj"])])
+def test_files_are_merged_with_their_biases_and_given_back(
+    checkpoint: Path, tmp_path: Path, method: str, targets: list[str], dtype: str
+) -> None:
+    adapter, params = _saved(checkpoint, method, targets)
+    report = tg.merge_checkpoint(checkpoint, adapter, tmp_path / "merged", dtype=dtype)
+    assert report.merged_tensors == len(targets) + 1
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    expected = _changed(method, params, before["a.q_proj.bias"]).to(after["a.q_proj.bias"].dtype)
+    assert torch.equal(after["a.q_proj.bias"], expected)
+    assert after["a.q_proj.bias"].dtype == (torch.bfloat16 if dtype else torch.float32)
+    tg.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_two_adapters_change_a_bias_with_their_factors(checkpoint: Path, tmp_path: Path) -> None:
+    (one, first), (other, second) = (_saved(checkpoint, "bitfit", ["q_proj"], seed) for seed in (1, 2))
+    tg.merge_checkpoint(checkpoint, {one: 0.5, other: -2.0}, tmp_path / "merged")
+    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    expected = before["a.q_proj.bias"].double() + 0.5 * first["delta"].double() - 2.0 * second["delta"].double()
+    torch.testing.assert_close(after["a.q_proj.bias"], expected.float(), rtol=0, atol=0)
+    assert torch.equal(after["a.q_proj.weight"], before["a.q_proj.weight"])
+    tg.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_a_changed_bias_is_noticed_when_unmerging(checkpoint: Path, tmp_path: Path) -> None:
+    adapter, _ = _saved(checkpoint, "ia3", ["q_proj"])
+    tg.merge_checkpoint(checkpoint, adapter, tmp_path / "merged")
+    file = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["a.q_proj.bias"][2] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(tg.MergeError, match=r"a\.q_proj\.bias"):
+        tg.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
+
+
+def test_a_base_without_the_bias_is_refused(checkpoint: Path) -> None:
+    adapter, _ = _saved(checkpoint, "bitfit", ["q_proj"])
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["a.q_proj.bias"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(tg.PairingError, match=r"a\.q_proj: the adapter's layer has a bias and the base has none"):
+        tg.merge_checkpoint(checkpoint, adapter, checkpoint.parent / "merged")
+
+
+def test_a_method_can_refuse_a_layer_without_a_bias(checkpoint: Path) -> None:
+    with pytest.raises(tg.ConfigError, match=r"b\.o_proj: it has no bias to train"):
+        tg.apply(_tree(checkpoint), "bitfit", targets=["o_proj"])
+
+
+def test_a_changed_bias_is_not_exported_as_a_lora(checkpoint: Path, tmp_path: Path) -> None:
+    adapter, _ = _saved(checkpoint, "ia3", ["q_proj"])
+    with pytest.raises(tg.MergeError, match=r"a\.q_proj: ia3 changes its bias"):
+        tg.export_adapter(adapter, tmp_path / "lora", "lora", base=checkpoint, rank=2)
