@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -14,7 +16,8 @@ settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # a new example is found at a desk, not when landing
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
-from torchgraft_cli.main import main  # noqa: E402  (transformers reads the environment when it is imported)
+from installed import Installed  # noqa: E402  (transformers reads the environment when it is imported)
+from torchgraft_cli.main import main  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,15 @@ def adapt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return Result(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("TORCHGRAFT_PLUGINS", "TORCHGRAFT_STRICT"):
+        monkeypatch.delenv(name, raising=False)
+    before = set(sys.modules)
+    yield Installed(tmp_path)
+    for name in set(sys.modules) - before:
+        if name.startswith("registry_test_"):
+            del sys.modules[name]

@@ -3,80 +3,17 @@
 from __future__ import annotations
 
 import ast
-import itertools
 import sys
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 
 import pytest
 import torch
 
 import torchgraft as tg
+from installed import METHOD, Installed
 
-COUNTER = itertools.count()
-METHOD = """
-import torch
-import torchgraft as tg
-from torchgraft import hookimpl
-
-@hookimpl
-def adapter_method():
-    return tg.Method("NAME", tg.LowRankConfig, "adds a vector to every column of the weight", "none")
-
-@hookimpl
-def adapter_init(site):
-    return {"v": torch.zeros(site.out_features)}
-
-@hookimpl
-def adapter_forward(params, x, base):
-    return base(x) + x.sum(-1, keepdim=True) * params["v"]
-
-@hookimpl
-def adapter_merge(params, weight):
-    return weight + params["v"][:, None]
-
-@hookimpl
-def adapter_unmerge(params, weight):
-    return weight - params["v"][:, None]
-"""
 PARAMS = {"v": torch.tensor([1.0, -2.0, 0.5, 3.0, 7.0])}
 WEIGHT = torch.arange(15.0).reshape(5, 3)
-
-
-class Installed:
-    """Distributions in a folder, as pip would leave them there."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def add(self, name: str, source: str = METHOD, distribution: str = "stranger", version: str = "1.2") -> str:
-        """One distribution with one plugin; returns the name of its module."""
-        module = f"registry_test_{next(COUNTER)}"
-        (self.folder / f"{module}.py").write_text(source.replace("NAME", name))
-        info = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
-        (info / "entry_points.txt").write_text(f"[torchgraft]\n{name} = {module}\n")
-        return module
-
-    def points(self) -> list[EntryPoint]:
-        return [point for found in distributions(path=[str(self.folder)]) for point in found.entry_points]
-
-    def registry(self) -> tg.Registry:
-        return tg.Registry(self.points())
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ("TORCHGRAFT_PLUGINS", "TORCHGRAFT_STRICT"):
-        monkeypatch.delenv(name, raising=False)
-    before = set(sys.modules)
-    yield Installed(tmp_path)
-    for name in set(sys.modules) - before:
-        if name.startswith("registry_test_"):
-            del sys.modules[name]
 
 
 def test_a_method_is_loaded_alone_and_when_it_is_asked_for(installed: Installed) -> None:
@@ -198,3 +135,59 @@ def test_public_names_are_those_that_type_checkers_see() -> None:
         assert getattr(value, "__name__", name) == name
     with pytest.raises(AttributeError, match="no attribute 'aply'"):
         _ = tg.aply
+
+
+@pytest.mark.parametrize(
+    ("requires", "fits"),
+    [
+        ("torchgraft>=0.1,<0.2", True),
+        ("Torchgraft", True),
+        ("torchgraft>=99", False),
+        ("torchgraft<0.1", False),
+        ("torchgraft>=99; python_version < '3'", True),
+        ("torchgraft>=99; extra == 'test'", True),
+        ("other>=99", True),
+    ],
+)
+def test_a_plugin_for_another_version_is_left_out_and_says_which(requires: str, fits: bool, installed: Installed) -> None:
+    module = installed.add("old", distribution="old-tools", version="0.3", requires=requires)
+    registry = installed.registry()
+    if fits:
+        assert registry.method("old").name == "old"
+        return
+    with pytest.raises(
+        tg.PluginError, match=rf"old \({module}, from old-tools 0\.3\) cannot be used: it requires torchgraft.*, and this is"
+    ):
+        registry.method("old")
+    assert module not in sys.modules
+
+
+KIND = """
+import torchgraft as tg
+from torchgraft.kinds import Linear
+
+class Own(Linear):
+    name = "NAME"
+
+@tg.hookimpl
+def layer_kind():
+    return Own()
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (KIND.replace('"NAME"', '"Linear"'), "called 'Linear', and so is one of torchgraft itself"),
+        (KIND.replace('"NAME"', '"taken"'), "called 'taken', and so is one of a_first"),
+        (KIND.replace("return Own()", "return 'Own'"), "returned a str, not a torchgraft.Kind"),
+        (KIND.replace("return Own()", "raise ValueError('odd')"), "ValueError: odd"),
+    ],
+)
+def test_a_kind_that_cannot_be_used_is_left_out(source: str, reason: str, installed: Installed) -> None:
+    installed.add("a_first", KIND.replace('"NAME"', '"taken"'), distribution="first-tools")
+    installed.add("bad", source, distribution="bad-tools")
+    registry = installed.registry()
+    with pytest.warns(tg.TorchgraftWarning, match=f"bad .*from bad-tools 1.2.* is left out: .*{reason}"):
+        kinds = [kind.name for kind in registry.kinds()]
+    assert kinds.count("taken") == kinds.count("Linear") == 1

@@ -17,19 +17,20 @@ import click
 
 import torchgraft
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
+from torchgraft_cli.plugin_commands import plugin_commands
 
 COMMANDS = ("inspect", "plugins", "apply", "check", "merge", "unmerge", "export")
 
 
 class LazyGroup(click.Group):
-    """Each command is the function of its name in `commands/`, imported when it is asked for."""
+    """Each command is the function of its name in `commands/`, imported when it is asked for. After them come those of plugins."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
+        return [*COMMANDS, *plugin_commands(COMMANDS)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return None
+            return plugin_commands(COMMANDS).get(cmd_name)
         command: click.Command = getattr(import_module(f"torchgraft_cli.commands.{cmd_name}"), cmd_name)
         return command
 
@@ -59,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("interrupted; nothing was left behind", 128 + signal.SIGINT, debug)
     except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
         hint = "" if debug else "; please report it with the output of adapt --debug …"
-        _fail(f"a bug in adapt: {type(error).__name__}: {error}{hint}", 1, debug)
+        where = next(iter(getattr(error, "__notes__", ())), "adapt")
+        _fail(f"a bug in {where}: {type(error).__name__}: {error}{hint}", 1, debug)
 
 
 class TerminatedError(BaseException):

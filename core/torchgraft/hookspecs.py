@@ -2,7 +2,7 @@
 
 A hook may leave out arguments that it does not need, but not rename them. The hooks of a method (adapter_*) are called
 for that method's own plugin alone; a plugin without a method can observe or wrap any of them but adapter_method, and
-sees every call.
+sees every call on adapters that are attached or loaded after it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torchgraft.kinds import Kind, Shape
 from torchgraft.method import Method
 
 if TYPE_CHECKING:
+    import click
     from torch import Generator, Tensor, nn
     from torch.optim import Optimizer
 
@@ -135,6 +136,16 @@ def adapter_step(adapter: Adapter, optimizer: Optimizer, step: int, metrics: Map
 @hookspec
 def layer_kind() -> Kind:  # type: ignore[empty-body]
     """A further kind of layer, which all methods can then adapt. It is asked before the built-in ones."""
+
+
+@hookspec
+def register_commands(commands: click.Group) -> None:
+    """Add commands to `adapt`: `@commands.command()`, or `commands.add_command(…)`.
+
+    Called when `adapt` lists its commands, and when it is given one that is not its own; import torch inside the command.
+    A command whose name is taken is left out. For a user's mistake raise TorchgraftError or click's exceptions: they become
+    one line and exit code 2.
+    """
 
 
 METHOD_HOOKS = ("adapter_init", "adapter_forward", "adapter_merge", "adapter_unmerge")

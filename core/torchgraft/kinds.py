@@ -76,7 +76,7 @@ class Kind(ABC):
         """The layer's input with entries dropped, in training."""
         return _dropout(x, p, module)
 
-    def broadcast(self, vector: Tensor) -> Tensor:
+    def broadcast(self, module: nn.Module, vector: Tensor) -> Tensor:
         """One number for each output feature, (out_features,), shaped so that it goes along with the layer's output."""
         return vector
 
@@ -231,7 +231,7 @@ class ConvNd(Kind):
     def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
         return matrix.reshape(shape)
 
-    def broadcast(self, vector: Tensor) -> Tensor:
+    def broadcast(self, module: nn.Module, vector: Tensor) -> Tensor:
         return vector.view(-1, *(1,) * self.dimensions)
 
     def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:

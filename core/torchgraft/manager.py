@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
+import torchgraft
 from torchgraft import bnb_kinds, hookspecs, kinds
 from torchgraft.errors import PluginError, TorchgraftWarning
 from torchgraft.kinds import Kind, Shape
@@ -48,6 +49,11 @@ class PluginInfo:
     def __str__(self) -> str:
         return f"{self.name} ({self.entry_point}, from {self.distribution} {self.version})"
 
+    @property
+    def way_out(self) -> str:
+        """What a user can do about the error."""
+        return f"update or uninstall {self.distribution}, or leave it out: TORCHGRAFT_PLUGINS lists those that may load"
+
 
 class Registry:
     """The manager of plugins: pluggy behind typed methods.
@@ -61,6 +67,8 @@ class Registry:
         self._infos: dict[str, PluginInfo] = {}
         self._points: dict[str, EntryPoint] = {}
         self._methods: dict[str, Method] = {}
+        self._kinds: dict[str, Kind] = {}
+        """By plugin."""
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._refused: list[PluginInfo] = []
         for point in sorted(entry_points(group=GROUP) if points is None else points, key=_bundled_first):
@@ -91,6 +99,7 @@ class Registry:
         self._callers.clear()
         self._manager.unregister(name=name)
         self._methods.pop(name, None)
+        self._kinds.pop(name, None)
         del self._infos[name]
 
     def method(self, name: str) -> Method:
@@ -99,18 +108,41 @@ class Registry:
         Raises:
             PluginError: there is no such plugin, it has no method, or it cannot be loaded.
         """
-        if name not in self._infos:
-            raise PluginError(f"there is no plugin {name!r}{near(name, self._infos)}; 'adapt plugins list' shows those installed")
-        self._try_load(name)
-        if error := self._infos[name].error:
-            raise PluginError(f"the plugin {self._infos[name]} cannot be used: {error}")
+        info = self.info(name)
         if name not in self._methods:
-            raise PluginError(f"the plugin {self._infos[name]} provides no method: it has no adapter_method hook")
+            raise PluginError(f"the plugin {info} provides no method: it has no adapter_method hook")
         return self._methods[name]
 
     def info(self, name: str) -> PluginInfo:
-        self.method(name)
-        return self._infos[name]
+        """Of the plugin `name`, which is loaded.
+
+        Raises:
+            PluginError: there is no such plugin, or it cannot be loaded.
+        """
+        if name not in self._infos:
+            raise PluginError(f"there is no plugin {name!r}{near(name, self._infos)}; 'adapt plugins list' shows those installed")
+        self._try_load(name)
+        info = self._infos[name]
+        if info.error:
+            raise PluginError(f"the plugin {info} cannot be used: {info.error}; {info.way_out}")
+        return info
+
+    def provides(self, name: str) -> tuple[str, ...]:
+        """The hooks that the plugin `name` implements or wraps, sorted; none if it cannot be loaded."""
+        plugin = self._manager.get_plugin(name)
+        return tuple(sorted(_own_hooks(self._manager, plugin))) if plugin is not None else ()
+
+    def kind_of_plugin(self, name: str) -> Kind | None:
+        return self._kinds.get(name)
+
+    def implementations(self, hook: str) -> list[tuple[PluginInfo, Callable[..., Any]]]:
+        """Each plugin's own function for `hook`, to be called one by one where the one that fails is to be named.
+
+        The bundled plugins are not loaded for it.
+        """
+        self._load_all(lambda info: info.distribution != DISTRIBUTION)
+        found = ((self._infos[impl.plugin_name], impl) for impl in getattr(self._manager.hook, hook).get_hookimpls())
+        return [(info, partial(_call, impl)) for info, impl in found]
 
     def methods(self) -> list[Method]:
         """Every method that can be loaded."""
@@ -159,17 +191,18 @@ class Registry:
 
     def _refuse(self, info: PluginInfo, holder: PluginInfo) -> None:
         """A bundled name stays with its owner; of two strangers, neither gets it."""
-        if _strict():
+        if is_strict():
             raise PluginError(_taken(info, holder))
         self._refused.append(replace(info, error=_taken(info, holder)))
         if holder.distribution != DISTRIBUTION:
             self._infos[info.name] = replace(holder, error=_taken(holder, info))
             self._points.pop(info.name, None)
 
-    def _load_all(self) -> None:
+    def _load_all(self, which: Callable[[PluginInfo], bool] = lambda info: True) -> None:
         for name in list(self._points):
-            if error := self._try_load(name):
-                warnings.warn(f"the plugin {self._infos[name]} is left out: {error}", TorchgraftWarning, stacklevel=3)
+            info = self._infos[name]
+            if which(info) and (error := self._try_load(name)):
+                warnings.warn(f"the plugin {info} is left out: {error}; {info.way_out}", TorchgraftWarning, stacklevel=3)
 
     def _try_load(self, name: str) -> str:
         """Load one plugin once; returns the error, if there was one just now."""
@@ -178,10 +211,11 @@ class Registry:
             return ""
         info = self._infos[name]
         try:
+            _check_version(point)
             self._add(point.load(), info)
         except (Exception, SystemExit) as error:  # whatever a stranger's module does on import stays its own problem
             message = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-            if _strict():
+            if is_strict():
                 raise PluginError(f"the plugin {info} cannot be used: {message}") from error
             self._infos[name] = replace(info, error=message)
             return message
@@ -195,9 +229,21 @@ class Registry:
         try:
             if "adapter_method" in own:
                 self._methods[info.name] = _method_of(own, info)
+            if "layer_kind" in own and not own["layer_kind"].wrapper:
+                self._kinds[info.name] = self._kind_of(own["layer_kind"], info)
         except Exception:
             self._manager.unregister(plugin)
+            self._methods.pop(info.name, None)
             raise
+
+    def _kind_of(self, impl: pluggy.HookImpl, info: PluginInfo) -> Kind:
+        kind = impl.function()
+        if not isinstance(kind, Kind):
+            raise PluginError(f"its layer_kind returned a {type(kind).__name__}, not a torchgraft.Kind")
+        holder = next((self._infos[name] for name, other in self._kinds.items() if other.name == kind.name), None)
+        if holder is not None or kind.name in {builtin.name for builtin in BUILTIN_KINDS}:
+            raise PluginError(f"its kind of layer is called {kind.name!r}, and so is one of {holder or 'torchgraft itself'}")
+        return kind
 
 
 class MethodHooks:
@@ -335,6 +381,27 @@ def _method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
     return method
 
 
+def _check_version(point: EntryPoint) -> None:
+    """pip lets one distribution be updated without another that needs its old version.
+
+    Raises:
+        PluginError: the plugin's distribution requires another version of this one.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    dist = point.dist
+    for requirement in map(Requirement, (dist.requires or ()) if dist is not None and dist.name != DISTRIBUTION else ()):
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        fits = requirement.specifier.contains(torchgraft.__version__, prereleases=True)
+        if canonicalize_name(requirement.name) == DISTRIBUTION and applies and not fits:
+            raise PluginError(f"it requires {requirement}, and this is torchgraft {torchgraft.__version__}")
+
+
+def _call(impl: pluggy.HookImpl, **arguments: Any) -> Any:
+    return impl.function(*(arguments[name] for name in impl.argnames))
+
+
 def _info_of(point: EntryPoint) -> PluginInfo:
     dist = point.dist
     return PluginInfo(point.name, dist.name if dist else "(unknown)", dist.version if dist else "", point.value)
@@ -354,5 +421,5 @@ def _allowed(name: str) -> bool:
     return allowed is None or name in {word.strip() for word in allowed.split(",")}
 
 
-def _strict() -> bool:
+def is_strict() -> bool:
     return os.environ.get("TORCHGRAFT_STRICT", "") not in ("", "0")

@@ -95,7 +95,7 @@ class Site:
 
     def broadcast(self, vector: Tensor) -> Tensor:
         """`vector` (out_features,) shaped so that it goes along with the layer's output."""
-        return self.kind.broadcast(vector)
+        return self.kind.broadcast(self._module, vector)
 
     def cached(self, key: str, inputs: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """What `compute` gives, computed anew only after one of `inputs` was replaced or changed in place.

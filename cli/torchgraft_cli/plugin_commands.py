@@ -1,0 +1,65 @@
+"""Commands that plugins add to `adapt`, by the hook register_commands."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from torchgraft.errors import PluginError, TorchgraftError, TorchgraftWarning
+
+if TYPE_CHECKING:
+    from torchgraft.manager import PluginInfo
+
+
+def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
+    """Name → command. What a plugin gets wrong is warned of, and takes no other command away.
+
+    Args:
+        taken: names that no plugin can have.
+    """
+    from torchgraft.manager import registry
+
+    owners: dict[str, str] = dict.fromkeys(taken, "adapt itself")
+    found: dict[str, click.Command] = {}
+    for info, register in registry().implementations("register_commands"):
+        own = click.Group()
+        try:
+            register(commands=own)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (a stranger's code: its problem, and not that of every command)
+            _left_out(info, f"its register_commands failed: {type(error).__name__}: {error}")
+            continue
+        for name, command in own.commands.items():
+            if name in owners:
+                _left_out(info, f"its command {name!r} has the name of one of {owners[name]}")
+                continue
+            owners[name], found[name] = str(info), _attributed(command, info)
+    return found
+
+
+def _left_out(info: PluginInfo, reason: str) -> None:
+    from torchgraft.manager import is_strict
+
+    text = f"the plugin {info}: {reason}; {info.way_out}"
+    if is_strict():
+        raise PluginError(text)
+    warnings.warn(text, TorchgraftWarning, stacklevel=3)
+
+
+def _attributed(command: click.Command, info: PluginInfo) -> click.Command:
+    """The command; what it raises by mistake says whose it is."""
+    command.invoke = partial(_invoke, command.invoke, info)  # type: ignore[method-assign]
+    return command
+
+
+def _invoke(invoke: Any, info: PluginInfo, ctx: click.Context) -> Any:
+    try:
+        return invoke(ctx)
+    except (TorchgraftError, click.ClickException, click.exceptions.Exit, click.Abort, OSError):
+        raise
+    except Exception as error:
+        error.add_note(f"the plugin {info}")
+        raise

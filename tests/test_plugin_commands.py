@@ -1,0 +1,119 @@
+"""`adapt` with the plugins of strangers: their commands, what is shown of them, and what is broken in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import torchgraft as tg
+from installed import METHOD, Installed
+
+pytestmark = pytest.mark.filterwarnings("default::torchgraft.TorchgraftWarning")  # the command shows them
+
+COMMANDS = """
+import click
+import torchgraft as tg
+
+@tg.hookimpl
+def register_commands(commands):
+    @commands.command()
+    @click.argument("word")
+    def echo(word):
+        \"\"\"Say WORD.\"\"\"
+        if word == "mistake":
+            raise tg.ConfigError("not this word")
+        if word == "bug":
+            raise KeyError(word)
+        click.echo(f"NAME: {word}")
+"""
+OBSERVER = """
+import torchgraft as tg
+
+@tg.hookimpl(wrapper=True)
+def adapter_merge():
+    return (yield)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_registry(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command finds what the test has installed, beside the bundled plugins."""
+    tg.registry.cache_clear()
+    yield
+    tg.registry.cache_clear()
+
+
+def test_a_plugin_adds_a_command(adapt: Callable, installed: Installed) -> None:
+    installed.add("speak", COMMANDS)
+    assert "echo" in adapt("--help").out
+    assert "Say WORD." in adapt("--help").out
+    assert adapt("echo", "hello").out == "speak: hello\n"
+    assert "Say WORD." in adapt("echo", "--help").out
+
+
+def test_what_a_command_raises_is_one_line(adapt: Callable, installed: Installed) -> None:
+    module = installed.add("speak", COMMANDS, distribution="speak-tools", version="0.4")
+    wrong = adapt("echo", "mistake")
+    assert (wrong.code, wrong.err) == (2, "error: not this word\n")
+    assert adapt("echo").code == 2
+    bug = adapt("echo", "bug")
+    assert bug.code == 1
+    assert bug.err.startswith(f"error: a bug in the plugin speak ({module}, from speak-tools 0.4): KeyError: 'bug'")
+
+
+BROKEN = {
+    "raises": (COMMANDS.replace("@commands.command()", "raise ValueError('odd')"), "its register_commands failed: ValueError: odd"),
+    "exits": (COMMANDS.replace("@commands.command()", "raise SystemExit(3)"), "its register_commands failed: SystemExit: 3"),
+    "a name of ours": (COMMANDS.replace("def echo", "def merge"), "its command 'merge' has the name of one of adapt itself"),
+    "a name of another": (COMMANDS, "its command 'echo' has the name of one of a_first"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_command_takes_no_other_away(case: str, adapt: Callable, installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, reason = BROKEN[case]
+    installed.add("a_first", COMMANDS, distribution="first-tools")
+    installed.add("bad", source, distribution="bad-tools")
+    shown = adapt("--help")
+    assert shown.code == 0
+    assert reason in shown.err
+    assert "from bad-tools 1.2" in shown.err
+    assert adapt("echo", "hello").out == "a_first: hello\n"
+    assert "Merge" in adapt("merge", "--help").out
+    monkeypatch.setenv("TORCHGRAFT_STRICT", "1")
+    strict = adapt("--help")
+    assert strict.code == 2
+    assert reason in strict.err
+
+
+def test_a_plugin_that_cannot_be_loaded_leaves_every_command_working(adapt: Callable, installed: Installed) -> None:
+    module = installed.add("bad", "import no_such_module_at_all", distribution="bad-tools", version="0.3")
+    shown = adapt("--help")
+    assert shown.code == 0
+    assert f"the plugin bad ({module}, from bad-tools 0.3) is left out" in shown.err
+    assert adapt("plugins", "show", "lora").code == 0
+    found = adapt("plugins", "list")
+    assert found.code == 0
+    assert "update or uninstall bad-tools" in found.out.replace("\n", " ")
+    (entry,) = [entry for entry in json.loads(adapt("plugins", "list", "--json").out) if entry["name"] == "bad"]
+    assert "no_such_module_at_all" in entry["error"]
+    wrong = adapt("plugins", "show", "bad")
+    assert wrong.code == 2
+    assert f"bad ({module}, from bad-tools 0.3) cannot be used: ModuleNotFoundError" in wrong.err
+
+
+def test_what_a_plugin_provides_is_shown(adapt: Callable, installed: Installed) -> None:
+    installed.add("speak", COMMANDS, distribution="speak-tools")
+    installed.add("watch", OBSERVER, distribution="watch-tools")
+    installed.add("shift", METHOD, distribution="shift-tools")
+    entries = {entry["name"]: entry for entry in json.loads(adapt("plugins", "list", "--json").out)}
+    assert entries["speak"]["provides"] == ["register_commands"]
+    assert entries["watch"]["provides"] == ["adapter_merge"]
+    assert "adapter_method" in entries["shift"]["provides"]
+    assert "an observer of adapter_merge" in adapt("plugins", "show", "watch").out
+    assert "commands of adapt" in adapt("plugins", "show", "speak").out
+    shown = json.loads(adapt("plugins", "show", "shift", "--json").out)
+    assert shown["capabilities"]["merges_rows"] is False
+    assert shown["distribution"] == "shift-tools"
