@@ -1,0 +1,63 @@
+"""A new plugin as a complete package: what `adapt plugins new` writes."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import torchgraft
+from torchgraft.errors import PluginError
+from torchgraft.manager import registry
+from torchgraft.output import new_directory, refuse_existing
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def distribution_of(name: str) -> str:
+    return f"torchgraft-{name.replace('_', '-')}"
+
+
+def new_plugin(name: str, directory: str | Path) -> list[Path]:
+    """Write the package of a method called `name` to the new `directory`; returns the files in it.
+
+    It holds a working low-rank method to start from, and tests that run the conformance kit.
+
+    Raises:
+        PluginError: the name cannot be a method's, or a plugin that is installed has it.
+        FileFormatError: the directory exists.
+    """
+    if not NAME.fullmatch(name):
+        raise PluginError(f"{name!r} cannot be the name of a method: it takes small letters, digits and _, a letter first")
+    taken = next((info for info in registry().plugins() if info.name == name), None)
+    if taken is not None:
+        raise PluginError(f"the name {name!r} is taken by the plugin {taken}; choose another")
+    target = Path(directory)
+    refuse_existing(target)
+    module = f"torchgraft_{name}"
+    values = {
+        "name": name,
+        "module": module,
+        "camel": "".join(word.capitalize() for word in name.split("_")),
+        "distribution": distribution_of(name),
+        "requirement": _requirement(torchgraft.__version__),
+    }
+    places = {
+        "pyproject.toml": "pyproject.toml",
+        "README.md": "README.md",
+        "method.py": f"{module}.py",
+        "test.py": f"tests/test_{name}.py",
+    }
+    with new_directory(target) as begun:
+        for template, place in places.items():
+            text = (files("torchgraft") / "templates" / f"{template}.txt").read_text(encoding="utf-8")
+            (begun / place).parent.mkdir(exist_ok=True)
+            (begun / place).write_text(Template(text).substitute(values), encoding="utf-8")
+    return [target / place for place in places.values()]
+
+
+def _requirement(version: str) -> str:
+    """This minor version: before 1.0 the hooks can change with each."""
+    major, minor, *_ = map(int, re.findall(r"\d+", version))
+    return f"torchgraft>={major}.{minor},<{major}.{minor + 1}"

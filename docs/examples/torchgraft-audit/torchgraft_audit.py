@@ -1,0 +1,58 @@
+"""A log of what methods did to weights: one line of JSON for each call of a hook, in the file that TORCHGRAFT_AUDIT names.
+
+The plugin has no method. It wraps the hooks of all methods, and adds a command: `adapt audit FILE` sums the log up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from torchgraft import hookimpl
+
+
+@hookimpl(wrapper=True)
+def adapter_init(site: Any) -> Generator[None, Any, Any]:
+    return (yield from _timed("init", site=site.name))
+
+
+@hookimpl(wrapper=True)
+def adapter_merge(weight: Any) -> Generator[None, Any, Any]:
+    return (yield from _timed("merge", shape=list(weight.shape)))
+
+
+@hookimpl(wrapper=True)
+def adapter_unmerge(weight: Any) -> Generator[None, Any, Any]:
+    return (yield from _timed("unmerge", shape=list(weight.shape)))
+
+
+@hookimpl
+def register_commands(commands: click.Group) -> None:
+    @commands.command()
+    @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+    def audit(file: Path) -> None:
+        """Say how often each hook was called, and how long it took in all."""
+        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        seconds = Counter[str]()
+        for entry in entries:
+            seconds[entry["hook"]] += entry["seconds"]
+        for hook, calls in Counter(entry["hook"] for entry in entries).items():
+            click.echo(f"{hook}: {calls} calls, {seconds[hook]:.3f} s")
+
+
+def _timed(hook: str, **details: Any) -> Generator[None, Any, Any]:
+    """Everything before the yield comes before the method's own function, its result comes out of it."""
+    start = time.perf_counter()
+    result = yield
+    if file := os.environ.get("TORCHGRAFT_AUDIT"):
+        entry = {"hook": hook, **details, "seconds": time.perf_counter() - start}
+        with Path(file).open("a") as log:
+            log.write(json.dumps(entry) + "\n")
+    return result

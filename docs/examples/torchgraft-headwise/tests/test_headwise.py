@@ -1,0 +1,31 @@
+"""Each bundled method on the layer: trained, merged, and taken back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchgraft_headwise import HeadwiseLinear
+
+import torchgraft as tg
+
+
+@pytest.mark.parametrize("method", ["lora", "loraplus", "adalora", "dora"])
+def test_a_method_works_on_it(method: str) -> None:
+    torch.manual_seed(0)
+    layer, x = HeadwiseLinear(6, heads=3, size=4), torch.randn(5, 6)
+    model = torch.nn.Sequential(layer)
+    before = layer.weight.detach().clone()
+    adapter = tg.apply(model, method, ["0"], rank=2)
+    torch.testing.assert_close(model(x), torch.einsum("bi,hdi->bhd", x, before))
+    for parameter in adapter.parameters():
+        torch.nn.init.normal_(parameter)
+    trained = model(x)
+    adapter.merge()
+    torch.testing.assert_close(torch.einsum("bi,hdi->bhd", x, layer.weight), trained)
+    adapter.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_it_is_a_layer_that_can_be_selected() -> None:
+    model = torch.nn.ModuleDict({"q_proj": HeadwiseLinear(6, 3, 4), "o_proj": torch.nn.Linear(12, 6)})
+    assert [(site.name, site.kind) for site in tg.plan(model, ["*"]).sites] == [("q_proj", "Headwise"), ("o_proj", "Linear")]
