@@ -47,9 +47,12 @@ def adapter_shapes(site: tg.Site, config: VeraConfig) -> dict[str, tuple[int, ..
 @hookimpl
 def adapter_init(site: tg.Site, config: VeraConfig) -> dict[str, Tensor]:
     """Drawn column by column of A and row by row of B: a larger layer's begin with a smaller one's."""
+    bound = config.rank**-0.5
     generators = [torch.Generator().manual_seed(2 * config.projection_seed + number) for number in range(2)]
-    columns = torch.empty(site.in_features, config.rank).normal_(0, config.rank**-0.5, generator=generators[0])
-    b = torch.empty(site.out_features, config.rank).normal_(0, config.rank**-0.5, generator=generators[1])
+    columns, b = (
+        torch.empty(size, config.rank).uniform_(-bound, bound, generator=generator)
+        for size, generator in zip((site.in_features, site.out_features), generators, strict=True)
+    )
     return {"A": columns.t().contiguous(), "B": b, "d": torch.full((config.rank,), 0.1), "b": torch.zeros(site.out_features)}
 
 

@@ -1,0 +1,129 @@
+"""Methods of other authors, as plugins: each computes its paper's formula, merges into it and comes back, on several kinds of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import torchgraft as tg
+from models import perturb_
+from thirdparty import NAMES, registered
+
+OPTIONS: dict[str, dict[str, object]] = {"loha": {"rank": 3, "alpha": 2.0}, "oft": {"blocks": 2}, "vera": {"rank": 5}}
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "Linear": lambda: (nn.Linear(6, 10), torch.randn(3, 6)),
+    "square": lambda: (nn.Linear(8, 8, bias=False), torch.randn(2, 3, 8)),
+    "Conv2d": lambda: (nn.Conv2d(4, 6, 3, groups=2, stride=2), torch.randn(2, 4, 7, 7)),
+    "Embedding": lambda: (nn.Embedding(9, 4), torch.tensor([[1, 8, 0], [3, 3, 7]])),
+}
+
+
+@pytest.fixture(autouse=True)
+def _methods() -> Iterator[None]:
+    with registered(*NAMES):
+        yield
+
+
+def _adapted(method: str, weight: Tensor, bias: Tensor | None, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The paper's formula on the matrix (out, in) and the bias, in float64."""
+    p = {name: tensor.double() for name, tensor in params.items()}
+    if method == "bitfit":
+        return weight, None if bias is None else bias + p["delta"]
+    if method == "ia3":
+        return p["l"][:, None] * weight, None if bias is None else p["l"] * bias
+    if method == "loha":
+        return weight + 2 / 3 * (p["B1"] @ p["A1"]) * (p["B2"] @ p["A2"]), bias
+    if method == "vera":
+        return weight + torch.diag(p["b"]) @ p["B"] @ torch.diag(p["d"]) @ p["A"], bias
+    blocks = []
+    for q in p["Q"]:
+        skew, one = q.triu(1) - q.triu(1).T, torch.eye(len(q), dtype=torch.float64)
+        blocks.append((one + skew) @ torch.linalg.inv(one - skew))
+    rotation = torch.block_diag(*blocks)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(len(weight), dtype=torch.float64))
+    return rotation @ weight, bias
+
+
+def _output(layer: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """What the layer gives with this matrix and bias."""
+    if isinstance(layer, nn.Embedding):
+        return F.embedding(x, weight.T)
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x.double(), weight.reshape(layer.weight.shape), bias, layer.stride, groups=layer.groups)
+    return F.linear(x.double(), weight, bias)
+
+
+CASES = [
+    (method, layer)
+    for method in NAMES
+    for layer in LAYERS
+    if not (method == "ia3" and layer in ("Conv2d", "Embedding")) and not (method == "bitfit" and layer in ("square", "Embedding"))
+]
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_a_method_is_its_papers_formula(method: str, layer: str) -> None:
+    torch.manual_seed(0)
+    module, x = LAYERS[layer]()
+    model, before = nn.Sequential(module), {key: tensor.clone() for key, tensor in module.state_dict().items()}
+    adapter = tg.apply(model, method, ["0"], **OPTIONS.get(method, {}))
+    torch.testing.assert_close(model(x), _output(module, *_canonical(layer, before), x).float())
+    perturb_(adapter.parameters())
+    weight, bias = _adapted(method, *_canonical(layer, before), adapter.parts["0"].tensors())
+    expected = _output(module, weight, bias, x)
+    assert (expected - _output(module, *_canonical(layer, before), x)).abs().max() > 0.01
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+    adapter.merge()
+    merged, merged_bias = _canonical(layer, module.state_dict())
+    torch.testing.assert_close(merged, weight.float().double(), rtol=1e-6, atol=1e-7)
+    if bias is not None:
+        torch.testing.assert_close(merged_bias, bias.float().double(), rtol=1e-6, atol=1e-7)
+    adapter.detach()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+
+
+def _canonical(layer: str, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    weight, bias = state["weight"].double(), state.get("bias")
+    matrix = weight.T if layer == "Embedding" else weight.flatten(1)
+    return matrix, None if bias is None else bias.double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", NAMES)
+def test_files_are_merged_and_given_back(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q_proj": nn.Linear(6, 10), "o_proj": nn.Linear(10, 6)}).to(dtype)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    save_file(before, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    adapter = tg.apply(model, method, ["*_proj"], **OPTIONS.get(method, {}))
+    perturb_(adapter.parameters())
+    adapter.save(tmp_path / "adapter")
+    tg.merge_checkpoint(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, part in adapter.parts.items():
+        expected = _adapted(method, before[f"{name}.weight"].double(), before[f"{name}.bias"].double(), part.tensors())
+        for key, tensor in zip(("weight", "bias"), expected, strict=True):
+            bound = torch.finfo(dtype).eps
+            torch.testing.assert_close(merged[f"{name}.{key}"].double(), tensor, rtol=bound, atol=bound / 100)
+    tg.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back")
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
+
+
+def test_vera_shares_its_random_matrices_between_layers() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 10), "b": nn.Linear(8, 4), "c": nn.Linear(6, 10)})
+    adapter = tg.apply(model, "vera", ["*"], rank=5, projection_seed=3)
+    a, b, c = (part.tensors() for part in adapter.parts.values())
+    assert torch.equal(a["A"], c["A"])
+    assert torch.equal(a["A"], b["A"][:, :6])
+    assert torch.equal(b["B"], a["B"][:4])
+    assert not torch.equal(a["A"], tg.apply(model, "vera", ["a"], name="other", rank=5).parts["a"].tensors()["A"])
+    assert {name.rpartition(".")[2] for name, _ in adapter.named_parameters()} == {"b", "d"}
