@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Two processes of one thread each: more threads than cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all lint wheel docs bench bench-methods clean
+.PHONY: demo test test-all lint wheel examples docs bench bench-methods clean
 
 demo: .venv/demo
 	$(BIN)/python docs/demo/demo.py
@@ -26,6 +26,21 @@ wheel: .venv/dev
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
 	$(BIN)/check-wheel-contents dist
+
+# As a stranger has them: in an environment of its own, with the wheel; and a plugin just begun.
+examples: HOME_BIN := $(CURDIR)/.venv/examples/bin
+examples: INSTALL = $(HOME_BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+examples: wheel
+	rm -rf .venv/examples
+	$(PYTHON) -m venv .venv/examples
+	$(INSTALL) torch hatchling pytest
+	$(INSTALL) dist/*.whl
+	$(HOME_BIN)/adapt plugins new begun -o .venv/examples/torchgraft-begun
+	for plugin in docs/examples/torchgraft-* .venv/examples/torchgraft-begun; do \
+		$(INSTALL) --no-build-isolation $$plugin && (cd $$plugin && PATH=$(HOME_BIN):$$PATH pytest -q -p no:cacheprovider) || exit 1; \
+	done
+	$(HOME_BIN)/adapt plugins check ia3
+	$(HOME_BIN)/adapt plugins check begun
 
 docs: .venv/demo
 	$(BIN)/python docs/pictures.py

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection
 from functools import partial
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +23,8 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
     Args:
         taken: names that no plugin can have.
     """
+    if not _any_stranger():
+        return {}
     from torchgraft.manager import registry
 
     owners: dict[str, str] = dict.fromkeys(taken, "adapt itself")
@@ -38,6 +42,13 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
                 continue
             owners[name], found[name] = str(info), _attributed(command, info)
     return found
+
+
+def _any_stranger() -> bool:
+    """Whether a plugin beside the bundled ones can be there. The registry takes a tenth of a second to load, and `adapt --help` is none."""
+    if "torchgraft.manager" in sys.modules:
+        return True
+    return any(point.dist is None or point.dist.name != "torchgraft" for point in entry_points(group="torchgraft"))
 
 
 def _left_out(info: PluginInfo, reason: str) -> None:
