@@ -5,7 +5,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Two processes of one thread each: more threads than cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-all lint wheel examples docs bench bench-methods clean
+.PHONY: demo test test-all lint wheel examples docs reference pictures bench bench-methods clean
 
 demo: .venv/demo
 	$(BIN)/python docs/demo/demo.py
@@ -42,7 +42,13 @@ examples: wheel
 	$(HOME_BIN)/adapt plugins check ia3
 	$(HOME_BIN)/adapt plugins check begun
 
-docs: .venv/demo
+docs: .venv/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build
+
+reference: .venv/dev
+	$(BIN)/python docs/reference.py
+
+pictures: .venv/demo
 	$(BIN)/python docs/pictures.py
 
 bench: .venv/bench
@@ -54,7 +60,7 @@ bench-methods: .venv/bench
 	$(BIN)/python docs/benchmarks/initialisation.py
 
 clean:
-	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # torch comes first and pinned: a range would take a build with gigabytes of CUDA.
 .venv/torch: constraints.txt
@@ -68,6 +74,10 @@ clean:
 
 .venv/bench: .venv/torch pyproject.toml
 	$(PIP) --editable '.[bench]'
+	touch $@
+
+.venv/docs: .venv/torch pyproject.toml
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 .venv/dev: .venv/torch pyproject.toml

@@ -1,4 +1,4 @@
-"""Draw the terminal output of `adapt inspect` and of the demo's closing table. Run by `make docs`, after the demo."""
+"""Draw the terminal output of `adapt inspect` and of the demo's closing table. Run by `make pictures`, after the demo."""
 
 from __future__ import annotations
 

@@ -1,0 +1,38 @@
+"""The docs as a site: `make docs`. Pages are plain Markdown that GitHub shows as well, so no directive stands in them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torchgraft
+
+project = "torchgraft"
+author = "the torchgraft authors"
+project_copyright = author
+release = version = torchgraft.__version__
+
+extensions = ["myst_parser"]
+exclude_patterns = ["_build", "examples"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"torchgraft {release}"
+highlight_language = "none"  # formulas are indented text
+
+HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
+LINK = re.compile(r"\[([^\]]+)\]\(((?!https?:|\.\.)[^)#]+)\.md\)")
+
+
+def setup(app: Any) -> None:
+    app.connect("source-read", add_contents)
+
+
+def add_contents(app: Any, page: str, source: list[str]) -> None:
+    """The navigation: what an index page links to, under the headings that it has there."""
+    if page != "index" and not page.endswith("/index"):
+        return
+    captions = ["", *HEADING.findall(source[0])]
+    for caption, section in zip(captions, HEADING.split(source[0])[::2], strict=True):
+        pages = [f"{text} <{page}>" for text, page in dict.fromkeys(LINK.findall(section))]
+        if pages:
+            source[0] += "\n```{toctree}\n:hidden:\n" + f":caption: {caption}\n" * bool(caption) + "\n" + "\n".join(pages) + "\n```\n"
