@@ -223,7 +223,7 @@ class Adapter:
         return any(part.undo is not None for part in self._all_parts())
 
     def merge(self) -> None:
-        """Write the adapter into the base weights: float32 arithmetic, rounded once. All of it or nothing.
+        """Write the adapter into the base weights: float64 arithmetic, rounded in the end. All of it or nothing.
 
         Raises:
             MergeError: it is merged already, a weight is shared with another layer or has no values, or the result
