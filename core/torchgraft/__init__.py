@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchgraft import testing as testing
     from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
     from torchgraft.adapter_load import load as load
     from torchgraft.attaching import apply as apply, seed_of as seed_of
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torchgraft.errors import (
         AttachError as AttachError,
         ConfigError as ConfigError,
+        ConformanceError as ConformanceError,
         FileFormatError as FileFormatError,
         MergeError as MergeError,
         PairingError as PairingError,
@@ -56,7 +58,8 @@ _HOMES = {
     "checkpoint_unmerge": "unmerge_checkpoint",
     "config": "Config LowRankConfig",
     "errors": (
-        "AttachError ConfigError FileFormatError MergeError PairingError PluginError SelectionError TorchgraftError TorchgraftWarning"
+        "AttachError ConfigError ConformanceError FileFormatError MergeError PairingError PluginError SelectionError TorchgraftError "
+        "TorchgraftWarning"
     ),
     "exporting": "ExportReport export_adapter",
     "graft": "SitePart",
@@ -74,13 +77,18 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
+_MODULES = ("testing",)
+
 __all__ = [
     "__version__",
     *_HOME_OF,
+    *_MODULES,
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"torchgraft.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'torchgraft' has no attribute {name!r}")
     value = getattr(import_module(f"torchgraft.{_HOME_OF[name]}"), name)

@@ -77,6 +77,13 @@ class Linear4bit(Quantized):
         compute = str(module.compute_dtype or "float32").removeprefix("torch.")
         return {"type": state.quant_type, "block_size": state.blocksize, "double": nested, "compute_dtype": compute}
 
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        from torchgraft.quantization import Quantization
+        from torchgraft.quantizing import quantized_linear
+
+        settings = (Quantization(), Quantization("fp4", double=False, compute_dtype="float32"))
+        return [(quantized_linear(layer, how), x) for (layer, x), how in zip(_examples(), settings, strict=True)]
+
 
 class Linear8bitLt(Quantized):
     """bitsandbytes.nn.Linear8bitLt: LLM.int8(), one scale for each row."""
@@ -103,6 +110,19 @@ class Linear8bitLt(Quantized):
     def quantization(self, module: nn.Module) -> dict[str, Any]:
         return {"type": "int8"}
 
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        from bitsandbytes import nn as bnb
+
+        found: list[tuple[nn.Module, Tensor]] = []
+        for linear, x in _examples():
+            layer: Any = bnb.Linear8bitLt(  # type: ignore[attr-defined]
+                linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
+            )
+            layer.weight = bnb.Int8Params(linear.weight.detach().clone(), requires_grad=False, has_fp16_weights=False)  # type: ignore[attr-defined]
+            layer.bias = linear.half().bias
+            found.append((layer.to("cpu"), x.half()))
+        return found
+
 
 KINDS: tuple[Kind, ...] = (Linear4bit(), Linear8bitLt())
 
@@ -118,6 +138,14 @@ def stop_repacking(model: nn.Module) -> list[nn.Module]:
 def let_repack(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         setattr(module, REPACKS, True)
+
+
+def _examples() -> list[tuple[nn.Linear, Tensor]]:
+    import torch
+    from torch import nn
+
+    layers = (nn.Linear(64, 32), nn.Linear(64, 64, bias=False))
+    return [(layer, torch.randn(5, layer.in_features)) for layer in layers]
 
 
 def _state(module: nn.Module) -> Any:

@@ -39,5 +39,9 @@ class MergeError(TorchgraftError):
     """A merge or unmerge is refused; the weights are as they were."""
 
 
+class ConformanceError(TorchgraftError, AssertionError):
+    """A plugin's method does not do what it claims. The message is the whole report."""
+
+
 class TorchgraftWarning(UserWarning):
     """Allowed, but probably not what is wanted."""

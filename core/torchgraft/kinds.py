@@ -100,6 +100,16 @@ class Kind(ABC):
         """How the weight is quantised; empty if it is not."""
         return {}
 
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        """Small layers of this kind, each with an input of at least two entries: what `torchgraft.testing` tries methods on.
+
+        Square ones and not, with a bias and without, numbers from torch's own generator. Empty: the kind gives none.
+
+        Raises:
+            ImportError: the layer's class is not installed.
+        """
+        return []
+
 
 class Linear(Kind):
     """nn.Linear: weight (out, in)."""
@@ -133,6 +143,13 @@ class Linear(Kind):
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return self.project_in(module, x, matrix)
 
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+        from torch import nn
+
+        layers = (nn.Linear(12, 20), nn.Linear(20, 12, bias=False), nn.Linear(16, 16, bias=False), nn.Linear(16, 16))
+        return [(layer, torch.randn(5, layer.in_features)) for layer in layers]
+
 
 class Conv1D(Linear):
     """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): GPT-2 and its kin."""
@@ -154,6 +171,18 @@ class Conv1D(Linear):
 
     def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
         return matrix.t()
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+        from transformers.pytorch_utils import Conv1D as Layer
+
+        found: list[tuple[nn.Module, Tensor]] = []
+        for out, width in ((20, 12), (16, 16)):
+            layer = Layer(out, width)  # type: ignore[no-untyped-call]
+            torch.nn.init.normal_(layer.weight, std=0.2)
+            torch.nn.init.normal_(layer.bias)  # it would be zero, and a bias that is forgotten would not show
+            found.append((layer, torch.randn(5, width)))
+        return found
 
 
 class Embedding(Kind):
@@ -200,6 +229,13 @@ class Embedding(Kind):
         if module.max_norm is not None:
             return "has max_norm, which rewrites its weight in every forward"
         return ""
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+        from torch import nn
+
+        layers = (nn.Embedding(11, 14), nn.Embedding(16, 16, padding_idx=0))
+        return [(layer, torch.randint(1, layer.num_embeddings, (5, 3))) for layer in layers]
 
 
 class ConvNd(Kind):
@@ -253,6 +289,17 @@ class ConvNd(Kind):
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         out: Tensor = module._conv_forward(x.to(matrix.dtype), matrix.reshape(module.weight.shape), None)  # type: ignore[operator, arg-type]
         return out
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+
+        make: Any = self.module_class()
+        layers = [
+            make(4, 10, 3, stride=2, padding=1),
+            make(8, 8, 3, padding=2, dilation=2, groups=2, bias=False),
+            make(8, 8, 1, padding=1, padding_mode="circular"),
+        ]
+        return [(layer, torch.randn(3, layer.in_channels, *(6, 5, 4)[: self.dimensions])) for layer in layers]
 
 
 BUILTIN: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))

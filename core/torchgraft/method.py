@@ -67,5 +67,11 @@ class Method:
     """Tensor → its role, for `tg.scaled_param_groups`."""
     additive: bool = False
     """Whether a merge adds what does not depend on the weight: such adapters can be merged in any order, and with factors."""
+    starts_unchanged: bool = True
+    """Whether, with default options, the output at the start is the base's. `torchgraft.testing` proves what is claimed here."""
+    partial_gradients: frozenset[str] = frozenset()
+    """The parameters whose gradient leaves something out on purpose, such as a norm that is taken for a constant."""
+    compiles: bool = True
+    """Whether torch.compile makes one graph of a layer with such an adapter."""
     peft: PeftFormat | None = None
     """None if PEFT has no such method: its adapters are then saved in the native form only."""

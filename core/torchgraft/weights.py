@@ -144,7 +144,7 @@ def tolerance(written: torch.dtype, result: Tensor, original: Tensor) -> Tensor:
 
 def exactly(tensor: Tensor) -> torch.autocast:
     """A block in which an autocast that the caller is in does not narrow the arithmetic."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)  # torch has none for meta
 
 
 def widened(params: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | None = None) -> dict[str, Tensor]:

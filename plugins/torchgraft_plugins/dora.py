@@ -61,6 +61,7 @@ def adapter_method() -> tg.Method:
         reference="https://arxiv.org/abs/2402.09353",
         buffers=frozenset({"A0", "B0"}),
         roles={"A": "A", "B": "B", "m": "magnitude"},
+        partial_gradients=frozenset({"A", "B"}),
         peft=DoraPeft(),
     )
 
@@ -136,7 +137,7 @@ def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor])
 
     a, b = (factor.detach() for factor in tg.factors(params))
     s, w = config.scale, site.weight()
-    with torch.autocast(w.device.type, enabled=False):
+    with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):  # torch has none for meta
         a, b = a.to(w.dtype), b.to(w.dtype)
         frozen = site.cached("squared norm", site.weight_tensors(), lambda: _squared_norm(w))
         squared = frozen + 2 * s * ((w @ a.T) * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)

@@ -1,14 +1,15 @@
-"""adapt plugins: what is installed, and a new one."""
+"""adapt plugins: what is installed, whether it does what it claims, and a new one."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from torchgraft_cli.main import echo_json
-from torchgraft_cli.options import json_option
+from torchgraft_cli.main import echo_json, plain
+from torchgraft_cli.options import json_option, parse_settings
 from torchgraft_cli.plugin_facts import capabilities, capabilities_in_words, in_words
 
 
@@ -103,6 +104,34 @@ def new(name: str, output: Path | None, as_json: bool) -> None:
         return
     click.echo(f"wrote {target}: {', '.join(str(path.relative_to(target)) for path in written)}")
     click.echo(f"next: pip install -e '{target}[test]', then adapt plugins check {name}")
+
+
+@plugins.command()
+@click.argument("name")
+@click.option("--only", multiple=True, metavar="CHECK", help="Run this check and not the others. Repeatable.")
+@click.option("--set", "settings", multiple=True, metavar="K=V", help="An option of the method: rank=16. Repeatable.")
+@json_option
+def check(name: str, only: tuple[str, ...], settings: tuple[str, ...], as_json: bool) -> None:
+    """Prove the method NAME on small layers of every kind that it claims. Exits with 0 if nothing fails, else with 2.
+
+    It is the conformance kit, torchgraft.testing, that plugins also run in their own tests.
+    """
+    from torchgraft import testing
+
+    report = testing.run_checks(name, only=only, options=parse_settings(list(settings)))
+    if as_json:
+        counts = {"passed": report.passed, "failed": report.failed, "skipped": report.skipped}
+        results = [{"name": result.name, "outcome": result.outcome, "reason": result.reason} for result in report.checks]
+        echo_json({"plugin": report.plugin, "ok": report.ok, **counts, "checks": results, "notes": list(report.notes)})
+    else:
+        from torchgraft_cli.render import console, plain_table
+
+        rows = [(result.name, result.outcome, plain(result.reason)) for result in report.checks]
+        console().print(plain_table(("check", "outcome", "on what, or why"), rows))
+        for note in report.notes:
+            click.echo(f"note: {plain(note)}")
+        click.echo(report.verdict)
+    sys.exit(0 if report.ok else 2)
 
 
 def _field_document(name: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""Checks of the merge hooks by themselves, in float64: rows, the inverse, and what else is claimed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from torchgraft.adapter import Adapter
+from torchgraft.testing.cases import Case, part_of
+from torchgraft.testing.checks import check
+from torchgraft.testing.compare import claimed, close, require
+from torchgraft.weights import widened
+
+EPS = torch.finfo(torch.float64).eps
+NEAR = 1e-10
+"""For an inverse, which may divide by small numbers."""
+
+
+@check()
+def rows(case: Case) -> None:
+    """Merge and unmerge by blocks of rows are those of the whole weight. A merge that takes `rows` claims it."""
+    claimed(case.hooks.merges_rows, "adapter_merge, adapter_unmerge and adapter_undo do not all take `rows`")
+    hooks = _Hooks(case.adapted()[1])
+    blocks = _blocks(len(hooks.weight))
+    merged, needed = hooks.merge(hooks.weight, slice(None)), hooks.undo(hooks.weight, slice(None))
+    hint = "`weight` holds only the rows `rows`, and params come whole: index them with rows, as in b[rows]"
+    _same_by_rows(merged, lambda rows: hooks.merge(hooks.weight[rows], rows), blocks, "adapter_merge", hint)
+    _same_by_rows(hooks.merge(hooks.weight, slice(0, len(merged))), lambda rows: merged[rows], blocks, "adapter_merge", hint)
+    for name, tensor in needed.items():
+        _same_by_rows(tensor, lambda rows, key=name: hooks.undo(hooks.weight[rows], rows)[key], blocks, f"adapter_undo's {name}", hint)  # type: ignore[misc]
+    back = hooks.unmerge(merged, slice(None), needed)
+    _same_by_rows(back, lambda rows: hooks.unmerge(merged[rows], rows, needed), blocks, "adapter_unmerge", hint)
+
+
+def _same_by_rows(whole: Tensor, part: Callable[[slice], Tensor], blocks: list[slice], hook: str, hint: str) -> None:
+    for block in blocks:
+        close(part(block), whole[block], EPS, f"{hook} of rows {block.start} to {block.stop} of {len(whole)}", hint)
+
+
+def _blocks(rows: int) -> list[slice]:
+    """Three blocks of different sizes."""
+    ends = [0, 1, 1 + rows // 3, rows]
+    return [slice(first, end) for first, end in pairwise(ends)]
+
+
+@check()
+def inverse(case: Case) -> None:
+    """adapter_unmerge takes back what adapter_merge did, nearly. Of an additive method it is not called."""
+    claimed(not case.hooks.method.additive, "an adapter_unmerge that is called: the method is additive, and its change is subtracted")
+    hooks = _Hooks(case.adapted()[1])
+    merged, needed = hooks.merge(hooks.weight, slice(None)), hooks.undo(hooks.weight, slice(None))
+    hint = "what adapter_unmerge needs and the merged weight does not tell can be kept by the hook adapter_undo"
+    close(hooks.unmerge(merged, slice(None), needed), hooks.weight, NEAR, "the weight that adapter_unmerge gives back", hint)
+
+
+@check()
+def pure(case: Case) -> None:
+    """adapter_merge and adapter_unmerge return new tensors of the same shape and dtype, and leave their arguments alone."""
+    hooks = _Hooks(case.adapted()[1])
+    weight, params = hooks.weight.clone(), {name: tensor.clone() for name, tensor in hooks.params.items()}
+    merged = hooks.merge(weight, slice(None))
+    results = {"adapter_merge": merged}
+    if not case.hooks.method.additive:
+        kept = merged.clone()
+        results["adapter_unmerge"] = hooks.unmerge(merged, slice(None), hooks.undo(weight, slice(None)))
+        require(merged.equal(kept), "adapter_unmerge changed `weight` in place; return a new tensor")
+    require(weight.equal(hooks.weight), "adapter_merge changed `weight` in place; return a new tensor")
+    for name, tensor in params.items():
+        require(hooks.params[name].equal(tensor), f"adapter_merge or adapter_unmerge changed {name} in place; make a new tensor")
+    for hook, result in results.items():
+        found = f"{tuple(result.shape)} of {result.dtype}"
+        require(
+            (result.shape, result.dtype) == (weight.shape, weight.dtype),
+            f"{hook} returned {found}, where `weight` is {tuple(weight.shape)} of {weight.dtype}; keep its dtype and shape",
+        )
+
+
+@check()
+def additive(case: Case) -> None:
+    """What a merge adds does not depend on the weight. `Method.additive` claims it."""
+    claimed(case.hooks.method.additive, "additive")
+    hooks = _Hooks(case.adapted()[1])
+    change = hooks.merge(torch.zeros_like(hooks.weight), slice(None))
+    hint = "a method whose change depends on the weight is not additive: leave Method.additive out"
+    close(hooks.merge(hooks.weight, slice(None)), hooks.weight + change, EPS, "the merged weight, against W + merge(0)", hint)
+
+
+@check()
+def to_lora(case: Case) -> None:
+    """The factors that adapter_to_lora gives are the same change: ΔW = s·B·A."""
+    claimed(case.hooks.has("adapter_to_lora"), "adapter_to_lora")
+    _, adapter = case.adapted()
+    hooks, part = _Hooks(adapter), part_of(adapter)
+    scale, factors = case.hooks.to_lora(part.site, part.config, part.tensors())
+    require(set(factors) == {"A", "B"}, f"adapter_to_lora returned {sorted(factors)}, not A and B")
+    a, b = (factors[key].detach().double() for key in "AB")
+    out, width = hooks.weight.shape
+    require(
+        a.shape[1:] == (width,) and b.shape[:1] == (out,) and a.shape[0] == b.shape[1],
+        f"adapter_to_lora returned A {tuple(a.shape)} and B {tuple(b.shape)}; they are (r, {width}) and ({out}, r)",
+    )
+    merged = hooks.merge(hooks.weight, slice(None))
+    close(hooks.weight + scale * b @ a, merged, case.eps, "W + s·B·A, against adapter_merge", "look at adapter_to_lora: its scale?")
+
+
+class _Hooks:
+    """The hooks of one adapter's merge, with its parameters and the canonical weight in float64."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        part = part_of(adapter)
+        self.weight = part.site.weight().to(torch.float64, copy=True)
+        self.params = widened(part.tensors(), torch.float64)
+        self._hooks, self._config = part.hooks, part.config
+
+    def merge(self, weight: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad():
+            return self._hooks.merge(self._config, self.params, weight, rows)
+
+    def undo(self, weight: Tensor, rows: slice) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return self._hooks.undo(self._config, self.params, weight, rows)
+
+    def unmerge(self, weight: Tensor, rows: slice, needed: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return self._hooks.unmerge(self._config, {**self.params, **needed}, weight, rows)

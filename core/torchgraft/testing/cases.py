@@ -1,0 +1,204 @@
+"""What checks are run on: small layers of every kind that the method claims, in several dtypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchgraft import attaching
+from torchgraft.adapter import Adapter
+from torchgraft.config import Config, parse_config
+from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning
+from torchgraft.graft import SitePart
+from torchgraft.kinds import Kind, kind_of
+from torchgraft.manager import MethodHooks, registry
+from torchgraft.planning import plan, site_of
+from torchgraft.site import Site
+from torchgraft.testing.compare import SkippedError
+
+LAYER = "layer"
+Layers = Literal["all", "dense", "quantized"]
+
+
+class Model(nn.Module):
+    """A model of one layer, called "layer"."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.layer(x))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer, in one dtype, for one method. `str` names it."""
+
+    name: str
+    """Of the method."""
+    options: Mapping[str, Any]
+    kind: Kind
+    example: nn.Module
+    input: Tensor
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.example!r}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def hooks(self) -> MethodHooks:
+        return registry().hooks(self.name)
+
+    @property
+    def x(self) -> Tensor:
+        """A new input, of the case's dtype unless it is indices."""
+        return self.input.to(self.dtype, copy=True) if self.input.is_floating_point() else self.input.clone()
+
+    def untouched(self) -> Model:
+        """A model of the layer as it is before the method comes, in eval."""
+        layer = deepcopy(self.example)
+        return Model(layer if self.kind.quantized else layer.to(self.dtype)).eval()
+
+    def base(self) -> Model:
+        """The same, but with the layer that the method itself puts there (`adapter_prepare`): what an adapter is compared with."""
+        model = self.untouched()
+        if self.hooks.has("adapter_prepare"):
+            self.attach(model).detach()
+        with torch.no_grad():
+            model(self.x)  # bitsandbytes gives a bias its dtype in the first forward, and may repack the weight
+        return model
+
+    def config(self, site: Site, **options: Any) -> Config:
+        """
+        Raises:
+            SkippedError: the method refuses these options, or this site.
+        """
+        try:
+            config = parse_config(self.name, self.hooks.method.config, {**self.options, **options})
+            config.advise(site)
+        except ConfigError as error:
+            raise SkippedError(f"refused by the method: {error}") from None
+        return config
+
+    def site(self, model: nn.Module) -> Site:
+        """Of the layer, without an adapter."""
+        (layer,) = plan(model, [LAYER]).sites
+        return site_of(layer, model.get_submodule(LAYER))
+
+    def attach(self, model: nn.Module, name: str = "default", seed: int = 0, **options: Any) -> Adapter:
+        """A new adapter on the model's layer.
+
+        Raises:
+            SkippedError: the method refuses these options, or this site.
+        """
+        site = self.site(model)
+        config = self.config(site, **options)
+        try:
+            self.hooks.prepare(site, config)
+        except TorchgraftError as error:
+            raise SkippedError(f"refused by the method: {error}") from None
+        return attaching.apply(model, self.name, [LAYER], name=name, seed=seed, **{**self.options, **options})
+
+    def adapted(self, *, perturb: bool = True, **options: Any) -> tuple[Model, Adapter]:
+        """A model with an adapter, whose parameters are away from their start unless `perturb` is False."""
+        model = self.base()
+        adapter = self.attach(model, **options)
+        if perturb:
+            perturb_(adapter)
+        return model, adapter
+
+    @cached_property
+    def eps(self) -> float:
+        """Of the coarsest arithmetic that the layer does: of a quantised one, that which it computes in."""
+        found = [torch.finfo(self.dtype).eps]
+        quantization = self.site(self.base()).quantization
+        if compute := quantization.get("compute_dtype"):
+            found.append(torch.finfo(getattr(torch, compute)).eps)
+        if quantization.get("type") == "int8":
+            found.append(1 / 127)  # inputs are rounded to 8 bits, too
+        return max(found)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The method under test."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    @cached_property
+    def examples(self) -> list[tuple[Kind, list[tuple[nn.Module, Tensor]]]]:
+        return [(kind, found) for kind, found, _ in self._tried if found]
+
+    @cached_property
+    def missing(self) -> dict[str, str]:
+        """Kind → why nothing is tried on it."""
+        return {kind.name: reason for kind, found, reason in self._tried if not found}
+
+    @cached_property
+    def _tried(self) -> list[tuple[Kind, list[tuple[nn.Module, Tensor]], str]]:
+        claimed = registry().method(self.name).kinds
+        kinds = sorted(registry().kinds(), key=lambda kind: (kind.name != "Linear", kind.quantized))
+        with isolated():
+            return [(kind, *_examples(kind)) for kind in kinds if claimed is None or kind.name in claimed]
+
+
+def _examples(kind: Kind) -> tuple[list[tuple[nn.Module, Tensor]], str]:
+    """The kind's example layers, or none and the reason."""
+    try:
+        found = kind.examples()
+    except ImportError as error:
+        return [], f"its class is not installed ({error})"
+    # A subclass of a built-in kind has that one's examples until it gives its own.
+    own = [(module, x) for module, x in found if kind_of(module, registry().kinds())[0] is kind]
+    return own, "" if own else "it gives no example layers"
+
+
+def part_of(adapter: Adapter) -> SitePart:
+    """What the adapter put on the layer."""
+    return adapter.parts[LAYER]
+
+
+@torch.no_grad()
+def perturb_(adapter: Adapter, seed: int = 1) -> None:
+    """Move every trained parameter away from where it started, by noise of 0.3 times its size; of 0.3 where that is zero or tiny."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        size = math.sqrt(float(parameter.double().square().mean())) if parameter.numel() else 0.0
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.add_((0.3 * (size if size > 0.01 else 1.0) * noise).to(parameter))
+
+
+def weighted(output: Tensor, seed: int = 2) -> Tensor:
+    """A loss that every entry of the output counts in, each with a weight of its own."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (output * weights.to(output.dtype)).sum()
+
+
+def backward(output: Tensor) -> None:
+    torch.autograd.backward(weighted(output))
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """A block with fixed random numbers that leaves torch as it was."""
+    import warnings
+
+    default = torch.get_default_dtype()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        warnings.simplefilter("ignore", TorchgraftWarning)  # of ranks above what these small layers have, for one
+        torch.default_generator.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)

@@ -1,0 +1,13 @@
+"""All checks, by name, in the order in which they run."""
+
+from __future__ import annotations
+
+from torchgraft.testing import arithmetic, forwarding, living, merging, start, training
+from torchgraft.testing.checks import Check
+
+CHECKS: dict[str, Check] = {
+    member.name: member
+    for module in (start, forwarding, training, merging, arithmetic, living)
+    for member in vars(module).values()
+    if isinstance(member, Check)
+}

@@ -1,0 +1,154 @@
+"""Running the checks, for Python, for pytest and for the command line."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchgraft.config import parse_config
+from torchgraft.errors import ConfigError, ConformanceError, TorchgraftError
+from torchgraft.manager import registry
+from torchgraft.selection import near
+from torchgraft.testing.cases import Subject, isolated
+from torchgraft.testing.catalogue import CHECKS
+from torchgraft.testing.checks import Check
+from torchgraft.testing.compare import FailedError, SkippedError
+from torchgraft.testing.report import Report, Result
+
+PLACES = (Path(torch.__file__).parent, Path(__file__).parents[1])
+"""Where an error's last lines lie that say nothing of the plugin."""
+
+
+def run_checks(
+    name: str, *, only: Iterable[str] = (), expected_failures: Mapping[str, str] = {}, options: Mapping[str, Any] = {}
+) -> Report:
+    """Run the checks against the installed method `name`. A check that fails is in the report, and raises nothing.
+
+    Args:
+        only: names of checks; empty: all of them.
+        expected_failures: name of a check → why it fails. It is counted as skipped; if it passes, that is a failure.
+        options: the method's options, where the defaults are not what is to be checked.
+
+    Raises:
+        PluginError: there is no such method, or it cannot be loaded.
+        ConfigError: there is no such check or option, or an expected failure has no reason.
+    """
+    chosen, subject = _prepared(name, only, expected_failures, options)
+    results = tuple(_expected(_run(check, subject), expected_failures) for check in chosen)
+    notes = tuple(f"nothing was tried on {kind} layers: {reason}" for kind, reason in subject.missing.items())
+    return Report(name, results, frozenset(key for key, check in CHECKS.items() if check.core), notes)
+
+
+def check_plugin(
+    name: str, *, only: Iterable[str] = (), expected_failures: Mapping[str, str] = {}, options: Mapping[str, Any] = {}
+) -> Report:
+    """`run_checks`, for a test: `def test_it(): tg.testing.check_plugin("ia3")`.
+
+    Raises:
+        ConformanceError: a check failed, or none proved anything. It is an AssertionError, with the whole report.
+        PluginError, ConfigError: as `run_checks`.
+    """
+    report = run_checks(name, only=only, expected_failures=expected_failures, options=options)
+    if not report.ok:
+        raise ConformanceError(str(report))
+    return report
+
+
+def conformance(name: str, *, only: Iterable[str] = (), expected_failures: Mapping[str, str] = {}, options: Mapping[str, Any] = {}) -> Any:
+    """A pytest fixture that makes one test of each check:
+
+        check = tg.testing.conformance("ia3")
+
+        def test_conforms(check):
+            check()
+
+    Raises:
+        ConfigError: as `run_checks`. That the method cannot be loaded shows in the tests.
+    """
+    import pytest
+
+    chosen = tuple(check.name for check in _chosen(only, expected_failures))
+
+    @pytest.fixture(params=chosen, ids=chosen)
+    def check(request: pytest.FixtureRequest) -> Callable[[], None]:
+        def run() -> None:
+            (one,), subject = _prepared(name, [request.param], expected_failures, options)
+            result = _expected(_run(one, subject), expected_failures)
+            if result.outcome == "skipped":
+                pytest.skip(result.reason)
+            if result.outcome == "failed":
+                pytest.fail(f"{name}: {result.name}: {result.reason}", pytrace=False)
+
+        return run
+
+    return check
+
+
+def _prepared(
+    name: str, only: Iterable[str], expected_failures: Mapping[str, str], options: Mapping[str, Any]
+) -> tuple[list[Check], Subject]:
+    """The checks to run, and what to run them on. All that the caller can have wrong comes out here."""
+    chosen = _chosen(only, expected_failures)
+    parse_config(name, registry().method(name).config, options)
+    return chosen, Subject(name, dict(options))
+
+
+def _chosen(only: Iterable[str], expected_failures: Mapping[str, str]) -> list[Check]:
+    names = [only] if isinstance(only, str) else list(only)
+    for name in (*names, *expected_failures):
+        if name not in CHECKS:
+            raise ConfigError(f"there is no check {name!r}{near(name, CHECKS)}; the checks are {', '.join(CHECKS)}")
+    for name, reason in expected_failures.items():
+        if not (isinstance(reason, str) and reason.strip()):
+            raise ConfigError(f"expected_failures: {name}: say why it fails; a reason is not optional")
+    return [check for name, check in CHECKS.items() if not names or name in names]
+
+
+def _run(check: Check, subject: Subject) -> Result:
+    """One check on every layer that it is for, up to the first that fails."""
+    passed, skipped = 0, dict[str, dict[str, None]]()
+    for case in check.cases(subject):
+        try:
+            with isolated():
+                check.function(case)
+        except SkippedError as reason:
+            skipped.setdefault(str(reason), {})[case.kind.name] = None
+        except Exception as error:  # noqa: BLE001  (a plugin's code may raise anything; the other checks go on)
+            return Result(check.name, "failed", f"{case}: {_explained(error)}")
+        else:
+            passed += 1
+    left_out = "; ".join(f"{', '.join(kinds)}: {reason}" if passed or len(skipped) > 1 else reason for reason, kinds in skipped.items())
+    if passed:
+        cases = f"{passed} case{'s' if passed > 1 else ''}"
+        return Result(check.name, "passed", f"{cases}; without {left_out}" if left_out else cases)
+    return Result(check.name, "skipped", left_out or _why_nothing(check, subject))
+
+
+def _why_nothing(check: Check, subject: Subject) -> str:
+    missing = "; ".join(f"{kind}: {reason}" for kind, reason in subject.missing.items())
+    return missing if missing and not subject.examples else f"not claimed: {check.subjects}"
+
+
+def _expected(result: Result, expected_failures: Mapping[str, str]) -> Result:
+    reason = expected_failures.get(result.name)
+    if reason is None or result.outcome == "skipped":
+        return result
+    if result.outcome == "failed":
+        return Result(result.name, "skipped", f"expected failure: {reason}")
+    return Result(result.name, "failed", f"it passes, and is expected to fail ({reason}): take it out of expected_failures")
+
+
+def _explained(error: Exception) -> str:
+    """One line; of an error that a hook raised, with the place."""
+    text = " ".join(str(error).split())
+    if isinstance(error, FailedError):
+        return text
+    if isinstance(error, TorchgraftError):
+        return f"refused: {text}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not any(map(Path(frame.filename).is_relative_to, PLACES))]
+    last = (frames or traceback.extract_tb(error.__traceback__))[-1]
+    return f"{type(error).__name__}: {text[:400]} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"

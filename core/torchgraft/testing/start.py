@@ -1,0 +1,141 @@
+"""Checks of how an adapter starts: adapter_init, adapter_shapes, and the first output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchgraft.errors import ConfigError
+from torchgraft.testing.cases import LAYER, Case, backward, part_of, perturb_
+from torchgraft.testing.checks import FLOATS, check
+from torchgraft.testing.compare import SkippedError, claimed, close, finite, require, same_bits
+
+INIT = "look at adapter_init"
+
+
+@check(*FLOATS, core=True)
+def init(case: Case) -> None:
+    """adapter_init gives finite tensors of the shapes that adapter_shapes names, and the same ones for the same generator."""
+    model = case.base()
+    site = case.site(model)
+    config = case.config(site)
+    tensors = _made(case, model, seed=1)
+    require(bool(tensors), f"adapter_init returned no tensors, so there is nothing to train; {INIT}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = case.hooks.shapes(site, config)
+    source = "adapter_shapes says" if case.hooks.has("adapter_shapes") else "on a weight without values it made"
+    require(shapes == expected, f"adapter_init made tensors of shapes {shapes}, and {source} {expected}; {INIT}")
+    frozen = {tensor.untyped_storage().data_ptr() for tensor in model.parameters() if tensor.numel()}
+    for name, tensor in tensors.items():
+        finite(tensor, name, INIT)
+        require(tensor.device.type == "cpu", f"{name} is on {tensor.device}, not on the CPU; {INIT}")
+        trained = name not in case.hooks.method.buffers
+        require(not trained or tensor.is_floating_point(), f"{name} is {tensor.dtype}, which cannot be trained: list it in Method.buffers")
+        require(tensor.untyped_storage().data_ptr() not in frozen, f"{name} shares the memory of the frozen weight: return a copy")
+    again = _made(case, model, seed=1)
+    hint = "draw random numbers from `generator` only, in adapter_init"
+    for name, tensor in tensors.items():
+        same_bits(again[name], tensor, f"{name}, made a second time from the same generator,", hint)
+
+
+def _made(case: Case, model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
+    """What adapter_init gives. torch's own generator stands elsewhere each time, and must be left there."""
+    site = case.site(model)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    tensors = case.hooks.init(site, case.config(site), torch.Generator().manual_seed(seed))
+    require(torch.get_rng_state().equal(before), "adapter_init drew from torch's global generator; draw from `generator` only")
+    return tensors
+
+
+@check(*FLOATS, core=True)
+def no_op(case: Case) -> None:
+    """With default options, the output at the start is the base's. `Method.starts_unchanged` claims it."""
+    claimed(case.hooks.method.starts_unchanged, "starts_unchanged")
+    model, _ = case.adapted(perturb=False)
+    hint = "look at how adapter_init and adapter_forward start, or set Method(starts_unchanged=False)"
+    for training in (False, True):
+        expected = case.base().train(training)(case.x)
+        close(model.train(training)(case.x), expected, case.eps, "the output at the start, against the base's", hint)
+
+
+@check(layers="dense")
+def meta(case: Case) -> None:
+    """The method attaches to a model on the meta device, with parameters of the same shapes and without values."""
+    real = {name: tensor.shape for name, tensor in case.adapted(perturb=False)[1].named_parameters()}
+    expected = case.base()(case.x).shape
+    model = case.untouched().to("meta")
+    try:
+        adapter = case.attach(model)
+    except ConfigError as error:  # of an adapter_init that needs the weight's values, and says so
+        raise SkippedError(f"refused by the method: {error}") from None
+    hint = "look at what adapter_init does with a weight that has no values"
+    found = {name: tensor.shape for name, tensor in adapter.named_parameters()}
+    require(found == real, f"the parameters on the meta device have shapes {found}, and {real} elsewhere; {hint}")
+    for name, tensor in adapter.named_parameters():
+        require(tensor.is_meta, f"{name} is on {tensor.device}, where the model is on the meta device; {hint}")
+    output = model(case.x.to("meta"))
+    require(output.shape == expected, f"the output on the meta device has the shape {tuple(output.shape)}, not {tuple(expected)}; {hint}")
+
+
+@check(layers="dense")
+def zero_rows(case: Case) -> None:
+    """Where rows of the weight are zero, or all of it, nothing becomes NaN: forward, backward, merge. Real models have such rows."""
+    hint = "look for a division by the norm of a row"
+    for rows in ([0, -1], slice(None)):
+        zeroed = _with_zeros(case, rows)
+        model = zeroed.base()
+        before = model.get_parameter(f"{LAYER}.weight").detach().clone()
+        adapter = zeroed.attach(model)
+        for when in ("at the start", "with perturbed parameters"):
+            output = model(case.x)
+            finite(output, f"the output {when}", hint)
+            backward(output)
+            for name, parameter in adapter.named_parameters():
+                finite(parameter.grad, f"the gradient of {name} {when}", hint)
+            perturb_(adapter)
+        expected = model(case.x)
+        adapter.merge()
+        finite(part_of(adapter).site.stored_weight(), "the merged weight", hint)
+        close(model(case.x), expected, case.eps, "the merged layer's output", f"{hint} in adapter_merge")
+        adapter.unmerge()
+        same_bits(model.get_parameter(f"{LAYER}.weight"), before, "the unmerged weight", hint)
+
+
+@torch.no_grad()
+def _with_zeros(case: Case, rows: list[int] | slice) -> Case:
+    """The case with these canonical rows of the weight set to zero."""
+    layer = case.untouched().layer
+    weight = case.kind.weight_of(layer)
+    matrix = case.kind.to_canonical(weight).clone()
+    matrix[rows] = 0
+    weight.copy_(case.kind.from_canonical(matrix, tuple(weight.shape)))
+    return Case(case.name, case.options, case.kind, layer, case.input, case.dtype)
+
+
+@check()
+def rank_one(case: Case) -> None:
+    """Rank 1 works, where the method has a `rank`."""
+    _at_rank(case, 1)
+
+
+@check()
+def full_rank(case: Case) -> None:
+    """So does the largest rank that a layer can use, min(out_features, in_features)."""
+    site = case.site(case.base())
+    _at_rank(case, min(site.out_features, site.in_features))
+
+
+def _at_rank(case: Case, rank: int) -> None:
+    claimed("rank" in case.hooks.method.config.model_fields, "an option `rank`")
+    hint = f"look at what depends on the rank, which is {rank} here"
+    model, adapter = case.adapted(perturb=False, rank=rank)
+    if case.hooks.method.starts_unchanged:
+        close(model(case.x), case.base()(case.x), case.eps, f"the output at the start with rank {rank}", hint)
+    perturb_(adapter)
+    before = part_of(adapter).site.stored_weight().clone()
+    expected = model(case.x)
+    adapter.merge()
+    close(model(case.x), expected, case.eps, f"the merged layer's output with rank {rank}", hint)
+    adapter.unmerge()
+    same_bits(part_of(adapter).site.stored_weight(), before, f"the unmerged weight with rank {rank}", hint)

@@ -1,0 +1,124 @@
+"""Checks of training: what gets gradients, which ones, and what must stay as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torchgraft.adapter import Adapter
+from torchgraft.testing.cases import Case, Model, backward, perturb_, weighted
+from torchgraft.testing.checks import FLOATS, check
+from torchgraft.testing.compare import claimed, close, finite, require, snapshot, unchanged
+
+STEPS = 60
+"""Optimizer steps: enough for a method that does something every fifty."""
+
+
+@check(*FLOATS, core=True)
+def trains(case: Case) -> None:
+    """Only the adapter's parameters are trained. Each gets a gradient, which is not all zero once it is away from its start."""
+    model, adapter = case.adapted(perturb=False)
+    for when in ("at the start", "with perturbed parameters"):
+        model.zero_grad()
+        backward(model(case.x))
+        _check_only_own(model, adapter)
+        for name, parameter in adapter.named_parameters():
+            hint = "look for a detach(), or a tensor that adapter_forward does not use: such a one belongs in Method.buffers"
+            require(parameter.requires_grad, f"{name} does not require a gradient; {hint}")
+            require(parameter.grad is not None, f"{name} gets no gradient {when}; {hint}")
+            finite(parameter.grad, f"the gradient of {name} {when}", "look at adapter_forward")
+            zero = parameter.numel() > 0 and not torch.count_nonzero(parameter.grad)  # type: ignore[arg-type]
+            require(when == "at the start" or not zero, f"the gradient of {name} is all zero {when}, so it does not train; {hint}")
+        if when == "at the start":
+            perturb_(adapter)
+
+
+def _check_only_own(model: Model, adapter: Adapter) -> None:
+    own = {id(parameter) for parameter in adapter.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in own:
+            hint = "the base is frozen: a method may read its weight, and must not train it"
+            require(not parameter.requires_grad, f"the base's {name} requires a gradient; {hint}")
+            require(parameter.grad is None, f"the base's {name} got a gradient; {hint}")
+
+
+@check(torch.float64, layers="dense")
+def gradients(case: Case) -> None:
+    """Gradients for x and for the parameters are those that finite differences give, in float64.
+
+    But for the parameters in `Method.partial_gradients`: of these it is not claimed.
+    """
+    model, adapter = case.adapted()
+    model.double()
+    x = case.x.requires_grad_(case.input.is_floating_point())
+    claimed(set(dict(_checked(case, adapter, x))) != set(), "any full gradient")
+    backward(model(x))
+    for name, tensor in _checked(case, adapter, x):
+        direction = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        assert tensor.grad is not None, f"{name} gets no gradient"
+        found = (tensor.grad * direction).sum()
+        expected = _slope(model, x, tensor, direction)
+        hint = "look for a detach() or a custom backward, or name the parameter in Method.partial_gradients"
+        close(found, expected, 1e-7, f"the gradient of {name}, along a random direction and against finite differences", hint)
+
+
+def _checked(case: Case, adapter: Adapter, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    partial = case.hooks.method.partial_gradients
+    if x.requires_grad:
+        yield "x", x
+    yield from ((name, tensor) for name, tensor in adapter.named_parameters() if name.rpartition(".")[2] not in partial)
+
+
+@torch.no_grad()
+def _slope(model: Model, x: Tensor, tensor: Tensor, direction: Tensor, step: float = 1e-6) -> Tensor:
+    """(L(t + εv) - L(t - εv)) / 2ε."""
+    before, losses = tensor.clone(), []
+    for sign in (1, -1):
+        tensor.copy_(before + sign * step * direction)
+        losses.append(weighted(model(x)))
+    tensor.copy_(before)
+    return (losses[0] - losses[1]) / (2 * step)
+
+
+@check(*FLOATS, core=True)
+def base_untouched(case: Case) -> None:
+    """No weight, bias or buffer of the base is changed by attaching, forward, backward or the optimizer's step."""
+    model = case.base()
+    before, hint = snapshot(model), "look for what writes to the layer: site.module, site.weight() or site.bias in place"
+    adapter = case.attach(model)
+    unchanged(model, before, "after attaching", hint)
+    optimizer = torch.optim.AdamW(adapter.param_groups(lr=0.1, weight_decay=0.1))
+    for training in (False, True):
+        output = model.train(training)(case.x)
+        unchanged(model, before, "after a forward", hint)
+        backward(output)
+        unchanged(model, before, "after a backward", hint)
+        optimizer.step()
+        unchanged(model, before, "after an optimizer's step", hint)
+
+
+@check(layers="dense", first=True)
+def steps(case: Case) -> None:
+    """With adapter_penalty and adapter_step, a run of training stays finite, and what came of it merges."""
+    hooks = [name for name in ("adapter_step", "adapter_penalty") if case.hooks.has(name)]
+    claimed(bool(hooks), "adapter_step or adapter_penalty")
+    hint = f"look at {' and '.join(hooks)}"
+    model, adapter = case.adapted(perturb=False)
+    model.train()
+    optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-2, weight_decay=0.0))
+    for step in range(1, STEPS + 1):
+        penalty = adapter.penalty()
+        require(penalty.shape == (), f"adapter_penalty gives a tensor of shape {tuple(penalty.shape)}, not one number; {hint}")
+        loss = (model(case.x) - 1).square().mean() + penalty
+        finite(loss, f"the loss at step {step}", hint)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        adapter.step(optimizer, step, {"val_loss": 1.0})
+        optimizer.zero_grad()
+        for name, parameter in adapter.named_parameters():
+            finite(parameter, f"{name} after step {step}", hint)
+    expected = model.eval()(case.x)
+    adapter.merge()
+    close(model(case.x), expected, case.eps, f"the output merged after {STEPS} steps", hint)
