@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -89,24 +89,28 @@ class Case:
             raise SkippedError(f"refused by the method: {error}") from None
         return config
 
-    def site(self, model: nn.Module) -> Site:
+    def site(self, model: nn.Module, name: str = LAYER) -> Site:
         """Of the layer, without an adapter."""
-        (layer,) = plan(model, [LAYER]).sites
-        return site_of(layer, model.get_submodule(LAYER))
+        (layer,) = plan(model, [name]).sites
+        return site_of(layer, model.get_submodule(name))
 
-    def attach(self, model: nn.Module, name: str = "default", seed: int = 0, **options: Any) -> Adapter:
-        """A new adapter on the model's layer.
+    def attach(
+        self, model: nn.Module, name: str = "default", seed: int = 0, *, targets: Sequence[str] = (LAYER,), **options: Any
+    ) -> Adapter:
+        """A new adapter on the model's layers.
 
         Raises:
-            SkippedError: the method refuses these options, or this site.
+            SkippedError: the method refuses these options or this site, or has nothing to put in the layer's place.
         """
-        site = self.site(model)
-        config = self.config(site, **options)
         try:
-            self.hooks.prepare(site, config)
+            site = self.site(model, targets[0])
+            self.hooks.prepare(site, self.config(site, **options))
         except TorchgraftError as error:
             raise SkippedError(f"refused by the method: {error}") from None
-        return attaching.apply(model, self.name, [LAYER], name=name, seed=seed, **{**self.options, **options})
+        try:
+            return attaching.apply(model, self.name, list(targets), name=name, seed=seed, **{**self.options, **options})
+        except ConfigError as error:
+            raise SkippedError(f"refused by the method: {error}") from None
 
     def adapted(self, *, perturb: bool = True, **options: Any) -> tuple[Model, Adapter]:
         """A model with an adapter, whose parameters are away from their start unless `perturb` is False."""
@@ -118,8 +122,9 @@ class Case:
 
     @cached_property
     def eps(self) -> float:
-        """Of the coarsest arithmetic that the layer does: of a quantised one, that which it computes in."""
-        found = [torch.finfo(self.dtype).eps]
+        """Of the coarsest arithmetic on the way: of the layer (a quantised one computes in a dtype of its own) or of the adapter."""
+        options = parse_config(self.name, self.hooks.method.config, self.options)
+        found = [torch.finfo(self.dtype).eps, torch.finfo(getattr(torch, getattr(options, "dtype", "float32"))).eps]
         quantization = self.site(self.base()).quantization
         if compute := quantization.get("compute_dtype"):
             found.append(torch.finfo(getattr(torch, compute)).eps)

@@ -87,8 +87,7 @@ def global_state(case: Case) -> None:
     before = _state()
     for stage in _life(case):
         for what, value in _state().items():
-            same = value.equal(before[what]) if isinstance(value, Tensor) else value == before[what]
-            require(same, f"{stage} changed {what}, which is not the method's; look at the hooks that run then")
+            require(value == before[what], f"{stage} changed {what}, which is not the method's; look at the hooks that run then")
 
 
 def _life(case: Case) -> Iterator[str]:
@@ -105,9 +104,9 @@ def _life(case: Case) -> Iterator[str]:
     yield "unmerge"
 
 
-def _state() -> dict[str, Tensor | torch.dtype | int]:
+def _state() -> dict[str, object]:
     return {
-        "the state of torch's global generator": torch.get_rng_state(),
+        "the state of torch's global generator": torch.get_rng_state().tolist(),
         "torch's default dtype": torch.get_default_dtype(),
         "whether gradients are recorded": torch.is_grad_enabled(),
         "whether torch is deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -11,10 +11,9 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from torchgraft import attaching
 from torchgraft.adapter import Adapter, activate, adapters
 from torchgraft.adapter_load import load
-from torchgraft.testing.cases import Case, Model, part_of, perturb_
+from torchgraft.testing.cases import Case, part_of, perturb_
 from torchgraft.testing.checks import FLOATS, check
 from torchgraft.testing.compare import close, require, same_bits, snapshot, unchanged
 
@@ -137,8 +136,7 @@ def names(case: Case) -> None:
     """Layers may be called "lora", "weight" or "default": nothing goes by the name of a layer."""
     base = Named({name: case.base().layer for name in NAMES}).eval()
     model = deepcopy(base)
-    case.config(case.site(Model(model.get_submodule(NAMES[0]))))
-    adapter = attaching.apply(model, case.name, list(NAMES), **case.options)
+    adapter = case.attach(model, targets=NAMES)
     found = {site.name for site in adapter.sites}
     require(found == set(NAMES), f"there are adapters on {sorted(found)}, where the layers are {sorted(NAMES)}")
     perturb_(adapter)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torchgraft.config import parse_config
 from torchgraft.errors import ConfigError, ConformanceError, TorchgraftError
 from torchgraft.manager import registry
@@ -18,9 +16,6 @@ from torchgraft.testing.catalogue import CHECKS
 from torchgraft.testing.checks import Check
 from torchgraft.testing.compare import FailedError, SkippedError
 from torchgraft.testing.report import Report, Result
-
-PLACES = (Path(torch.__file__).parent, Path(__file__).parents[1])
-"""Where an error's last lines lie that say nothing of the plugin."""
 
 
 def run_checks(
@@ -143,12 +138,12 @@ def _expected(result: Result, expected_failures: Mapping[str, str]) -> Result:
 
 
 def _explained(error: Exception) -> str:
-    """One line; of an error that a hook raised, with the place."""
+    """One line; of an error in a hook, with the line of the hook."""
     text = " ".join(str(error).split())
     if isinstance(error, FailedError):
         return text
     if isinstance(error, TorchgraftError):
         return f"refused: {text}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not any(map(Path(frame.filename).is_relative_to, PLACES))]
-    last = (frames or traceback.extract_tb(error.__traceback__))[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if frame.name.startswith("adapter_")), frames[-1])
     return f"{type(error).__name__}: {text[:400]} ({Path(last.filename).name}, line {last.lineno}, in {last.name})"

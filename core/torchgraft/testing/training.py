@@ -57,10 +57,10 @@ def gradients(case: Case) -> None:
     backward(model(x))
     for name, tensor in _checked(case, adapter, x):
         direction = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        assert tensor.grad is not None, f"{name} gets no gradient"
-        found = (tensor.grad * direction).sum()
-        expected = _slope(model, x, tensor, direction)
         hint = "look for a detach() or a custom backward, or name the parameter in Method.partial_gradients"
+        require(tensor.grad is not None, f"{name} gets no gradient; {hint}")
+        found = (tensor.grad * direction).sum()  # type: ignore[operator]
+        expected = _slope(model, x, tensor, direction)
         close(found, expected, 1e-7, f"the gradient of {name}, along a random direction and against finite differences", hint)
 
 
