@@ -178,7 +178,7 @@ class PreparesTheWeight(Scaled):
         return {"g": torch.full((site.out_features,), 1 / 1.01)}
 
 
-@wrong("compiles", "torch.compile finds no single graph")
+@wrong("compile", "torch.compile finds no single graph")
 class BranchesOnValues(Scaled):
     @tg.hookimpl
     def adapter_forward(self, site: tg.Site, params: Params, x: Tensor, base: Base) -> Tensor:
@@ -339,7 +339,7 @@ class KeepsWhatOtherRowsSay(Scaled):
         return {"size": weight.abs().amax(1) + weight.abs().amax()}
 
 
-@wrong("inverse", "the weight that adapter_unmerge gives back: expected")
+@wrong("unmerge", "the weight that adapter_unmerge gives back: expected")
 class MultipliesAgain(Scaled):
     @tg.hookimpl
     def adapter_unmerge(self, params: Params, weight: Tensor, rows: slice) -> Tensor:

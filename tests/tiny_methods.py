@@ -102,6 +102,18 @@ class Pair:
         adapter.state["step"] = step
 
 
+class OnLinears(Scaled):
+    """Quickly checked."""
+
+    claims: ClassVar = {"kinds": frozenset({"Linear"})}
+
+
+class Spoiled(OnLinears):
+    @tg.hookimpl
+    def adapter_merge(self, params: Params, weight: Tensor, rows: slice) -> Tensor:
+        return 2 * weight
+
+
 @contextmanager
 def registered(plugin: Any) -> Iterator[str]:
     """The name under which the plugin is installed within the block."""

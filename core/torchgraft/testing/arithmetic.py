@@ -23,7 +23,7 @@ NEAR = 1e-10
 def rows(case: Case) -> None:
     """Merge and unmerge by blocks of rows are those of the whole weight. A merge that takes `rows` claims it."""
     claimed(case.hooks.merges_rows, "adapter_merge, adapter_unmerge and adapter_undo do not all take `rows`")
-    hooks = _Hooks(case.adapted()[1])
+    hooks = MergeHooks(case.adapted()[1])
     blocks = _blocks(len(hooks.weight))
     merged, needed = hooks.merge(hooks.weight, slice(None)), hooks.undo(hooks.weight, slice(None))
     hint = "`weight` holds only the rows `rows`, and params come whole: index them with rows, as in b[rows]"
@@ -47,19 +47,9 @@ def _blocks(rows: int) -> list[slice]:
 
 
 @check()
-def inverse(case: Case) -> None:
-    """adapter_unmerge takes back what adapter_merge did, nearly. Of an additive method it is not called."""
-    claimed(not case.hooks.method.additive, "an adapter_unmerge that is called: the method is additive, and its change is subtracted")
-    hooks = _Hooks(case.adapted()[1])
-    merged, needed = hooks.merge(hooks.weight, slice(None)), hooks.undo(hooks.weight, slice(None))
-    hint = "what adapter_unmerge needs and the merged weight does not tell can be kept by the hook adapter_undo"
-    close(hooks.unmerge(merged, slice(None), needed), hooks.weight, NEAR, "the weight that adapter_unmerge gives back", hint)
-
-
-@check()
 def pure(case: Case) -> None:
     """adapter_merge and adapter_unmerge return new tensors of the same shape and dtype, and leave their arguments alone."""
-    hooks = _Hooks(case.adapted()[1])
+    hooks = MergeHooks(case.adapted()[1])
     weight, params = hooks.weight.clone(), {name: tensor.clone() for name, tensor in hooks.params.items()}
     merged = hooks.merge(weight, slice(None))
     results = {"adapter_merge": merged}
@@ -82,7 +72,7 @@ def pure(case: Case) -> None:
 def additive(case: Case) -> None:
     """What a merge adds does not depend on the weight. `Method.additive` claims it."""
     claimed(case.hooks.method.additive, "additive")
-    hooks = _Hooks(case.adapted()[1])
+    hooks = MergeHooks(case.adapted()[1])
     change = hooks.merge(torch.zeros_like(hooks.weight), slice(None))
     hint = "a method whose change depends on the weight is not additive: leave Method.additive out"
     close(hooks.merge(hooks.weight, slice(None)), hooks.weight + change, EPS, "the merged weight, against W + merge(0)", hint)
@@ -93,7 +83,7 @@ def to_lora(case: Case) -> None:
     """The factors that adapter_to_lora gives are the same change: ΔW = s·B·A."""
     claimed(case.hooks.has("adapter_to_lora"), "adapter_to_lora")
     _, adapter = case.adapted()
-    hooks, part = _Hooks(adapter), part_of(adapter)
+    hooks, part = MergeHooks(adapter), part_of(adapter)
     scale, factors = case.hooks.to_lora(part.site, part.config, part.tensors())
     require(set(factors) == {"A", "B"}, f"adapter_to_lora returned {sorted(factors)}, not A and B")
     a, b = (factors[key].detach().double() for key in "AB")
@@ -106,7 +96,19 @@ def to_lora(case: Case) -> None:
     close(hooks.weight + scale * b @ a, merged, case.eps, "W + s·B·A, against adapter_merge", "look at adapter_to_lora: its scale?")
 
 
-class _Hooks:
+def check_inverse(adapter: Adapter) -> None:
+    """adapter_unmerge takes back what adapter_merge did, nearly. Of an additive method it is not called.
+
+    Raises:
+        FailedError: it does not.
+    """
+    hooks = MergeHooks(adapter)
+    merged, needed = hooks.merge(hooks.weight, slice(None)), hooks.undo(hooks.weight, slice(None))
+    hint = "what adapter_unmerge needs and the merged weight does not tell can be kept by the hook adapter_undo"
+    close(hooks.unmerge(merged, slice(None), needed), hooks.weight, NEAR, "the weight that adapter_unmerge gives back", hint)
+
+
+class MergeHooks:
     """The hooks of one adapter's merge, with its parameters and the canonical weight in float64."""
 
     def __init__(self, adapter: Adapter) -> None:

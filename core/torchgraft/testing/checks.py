@@ -48,7 +48,7 @@ class Check:
 def check(
     *dtypes: torch.dtype, layers: Layers = "all", bias: bool | None = None, first: bool = False, core: bool = False
 ) -> Callable[[Callable[[Case], None]], Check]:
-    """Make a check of a function. Its name is the function's; its docstring says what it proves.
+    """Make a check of a function. Its name is the function's, without a last "_"; its docstring says what it proves.
 
     Args:
         dtypes: of the layers; float32 if none is given.
@@ -57,4 +57,4 @@ def check(
         first: one layer of each kind.
         core: without a check of this sort that passes, a report is not ok.
     """
-    return lambda function: Check(function.__name__, function, dtypes or (torch.float32,), layers, bias, first, core)
+    return lambda function: Check(function.__name__.rstrip("_"), function, dtypes or (torch.float32,), layers, bias, first, core)

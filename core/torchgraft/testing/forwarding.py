@@ -129,7 +129,7 @@ def disable(case: Case) -> None:
 
 
 @check(layers="dense", first=True)
-def compiles(case: Case) -> None:
+def compile_(case: Case) -> None:
     """torch.compile makes one graph of the layer, with the same output and gradients. `Method.compiles` claims it."""
     claimed(case.hooks.method.compiles, "compiles")
     model, adapter = case.adapted()
