@@ -280,6 +280,28 @@ class ForgetsTheBias(Scaled):
         return (base(x) * site.broadcast(params["g"])).to(base(x).dtype)
 
 
+class ScalesTheBias(ForgetsTheBias):
+    """Right: forward scales the bias, and the merge does so, too."""
+
+    @tg.hookimpl
+    def adapter_merge_bias(self, params: Params, bias: Tensor) -> Tensor:
+        return params["g"] * bias
+
+
+@wrong("bias", "the merged layer's output, against the forward before")
+class ScalesTheBiasTwice(ScalesTheBias):
+    @tg.hookimpl
+    def adapter_merge_bias(self, params: Params, bias: Tensor) -> Tensor:
+        return params["g"] ** 2 * bias
+
+
+@wrong("pure", "adapter_merge_bias changed `bias` in place")
+class ScalesTheBiasInPlace(ScalesTheBias):
+    @tg.hookimpl
+    def adapter_merge_bias(self, params: Params, bias: Tensor) -> Tensor:
+        return bias.mul_(params["g"])
+
+
 @wrong("unmerge", r"NotImplementedError: .*in adapter_unmerge")
 class CannotUnmerge(Scaled):
     @tg.hookimpl
@@ -439,3 +461,8 @@ def test_the_check_finds_it(check: str, says: str, plugin: Callable[[], Any]) ->
 
 def test_every_check_is_seen_to_fail() -> None:
     assert {check for check, _, _ in WRONG} == set(tg.testing.CHECKS)
+
+
+def test_a_method_that_scales_the_bias_passes() -> None:
+    with registered(ScalesTheBias()) as name:
+        assert tg.testing.check_plugin(name, only=["bias", "pure", "unmerge", "files", "two_adapters", "quantized", "dtype"]).skipped == 0

@@ -93,8 +93,9 @@ def adapter_unmerge(config: Any, params: Mapping[str, Tensor], weight: Tensor, r
 def adapter_merge_bias(config: Any, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:  # type: ignore[empty-body]
     """The bias of the adapted layer, from `bias` (out_features,). Called by merge for layers that have one, without gradients.
 
-    Optional: without it, a merge leaves the bias as it is. Params and `bias` come in float64. Returns a new tensor. There is
-    no inverse to write, for unmerge gives back the original. In training, an adapter above this one asks for it, too.
+    Optional: without it, a merge leaves the bias as it is. Params and `bias` come in float64; do not change
+    `bias` in place. There is no inverse to write, for unmerge gives back the original. In training, an adapter above this one
+    asks for it, too.
     """
 
 

@@ -48,7 +48,7 @@ def _blocks(rows: int) -> list[slice]:
 
 @check()
 def pure(case: Case) -> None:
-    """adapter_merge and adapter_unmerge return new tensors of the same shape and dtype, and leave their arguments alone."""
+    """The merge hooks return tensors of the same shape and dtype, and leave their arguments alone."""
     hooks = MergeHooks(case.adapted()[1])
     weight, params = hooks.weight.clone(), {name: tensor.clone() for name, tensor in hooks.params.items()}
     merged = hooks.merge(weight, slice(None))
@@ -58,6 +58,10 @@ def pure(case: Case) -> None:
         results["adapter_unmerge"] = hooks.unmerge(merged, slice(None), hooks.undo(weight, slice(None)))
         require(merged.equal(kept), "adapter_unmerge changed `weight` in place; return a new tensor")
     require(weight.equal(hooks.weight), "adapter_merge changed `weight` in place; return a new tensor")
+    if case.hooks.merges_bias:
+        bias = torch.randn(len(weight), dtype=weight.dtype)
+        kept, results["adapter_merge_bias"] = bias.clone(), hooks.merge_bias(bias)[:, None].expand_as(weight)
+        require(bias.equal(kept), "adapter_merge_bias changed `bias` in place; return a new tensor")
     for name, tensor in params.items():
         require(hooks.params[name].equal(tensor), f"adapter_merge or adapter_unmerge changed {name} in place; make a new tensor")
     for hook, result in results.items():
@@ -120,6 +124,10 @@ class MergeHooks:
     def merge(self, weight: Tensor, rows: slice) -> Tensor:
         with torch.no_grad():
             return self._hooks.merge(self._config, self.params, weight, rows)
+
+    def merge_bias(self, bias: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._hooks.merge_bias(self._config, self.params, bias)
 
     def undo(self, weight: Tensor, rows: slice) -> dict[str, Tensor]:
         with torch.no_grad():

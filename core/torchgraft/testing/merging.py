@@ -27,7 +27,7 @@ def merge(case: Case) -> None:
 @check(*FLOATS, bias=True, core=True)
 def bias(case: Case) -> None:
     """So does a layer with a bias."""
-    _merged_output(case, f"{MERGE}: does forward treat the bias in base(x) as the merged layer will?")
+    _merged_output(case, f"{MERGE}: does forward treat the bias in base(x) as the merged layer will? adapter_merge_bias changes it")
 
 
 def _merged_output(case: Case, hint: str) -> None:
