@@ -129,7 +129,8 @@ def test_command_says_why_a_plugin_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('half written')\n")
     done = _run("plugins", "check", "broken", path=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: the plugin broken (broken_plugin, from broken 1) cannot be used: RuntimeError: half written\n"
+    assert done.stderr.startswith("error: the plugin broken (broken_plugin, from broken 1) cannot be used: RuntimeError: half written; ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_command_works_without_pytest() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torchgraft.checkpoint import Checkpoint
     from torchgraft.config import Config
     from torchgraft.layers import Layer
-    from torchgraft.manager import MethodHooks
+    from torchgraft.method_hooks import MethodHooks
     from torchgraft.planning import Plan
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -14,7 +14,7 @@ import click
 from torchgraft.errors import PluginError, TorchgraftError, TorchgraftWarning
 
 if TYPE_CHECKING:
-    from torchgraft.manager import PluginInfo
+    from torchgraft.plugin_info import PluginInfo
 
 
 def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
@@ -52,7 +52,7 @@ def _any_stranger() -> bool:
 
 
 def _left_out(info: PluginInfo, reason: str) -> None:
-    from torchgraft.manager import is_strict
+    from torchgraft.plugin_info import is_strict
 
     text = f"the plugin {info}: {reason}; {info.way_out}"
     if is_strict():

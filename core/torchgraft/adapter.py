@@ -18,7 +18,8 @@ from torchgraft.config import Config
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning
 from torchgraft.graft import Part, SitePart, TrainedCopy
 from torchgraft.layers import Layer
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.manager import registry
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.module_layers import layers_of_module
 from torchgraft.optimizers import make_optimizer
 from torchgraft.planning import Plan

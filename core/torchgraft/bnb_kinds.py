@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.kinds import Kind, Linear, Shape
+from torchgraft.kinds import Kind, Shape
+from torchgraft.torch_kinds import Linear
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn

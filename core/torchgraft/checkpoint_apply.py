@@ -15,7 +15,7 @@ from torchgraft.checkpoint import Checkpoint
 from torchgraft.checkpoint_layers import module_names
 from torchgraft.config import Config
 from torchgraft.layers import Layer
-from torchgraft.manager import MethodHooks
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.output import new_directory
 from torchgraft.planning import Plan, site_of
 

@@ -19,8 +19,9 @@ from torchgraft.errors import FileFormatError, MergeError
 from torchgraft.file_blocks import FileTensor, blocks_of, copy_bytes
 from torchgraft.kinds import Kind
 from torchgraft.layout import Layout, OutputFile, Placed, plan_layout, same_file
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.manager import registry
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.output import Progress, check_space, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.pairing import pair_as
 from torchgraft.rewriting import Workers, opened, start_files

@@ -22,8 +22,9 @@ from torchgraft.config import LowRankConfig
 from torchgraft.errors import ConfigError, FileFormatError, MergeError
 from torchgraft.layers import Layer, is_inside
 from torchgraft.lowrank import LowRankPeft
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.manager import registry
 from torchgraft.method import Method
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.output import new_directory, refuse_existing
 from torchgraft.pairing import pair
 from torchgraft.site import Site, to_canonical

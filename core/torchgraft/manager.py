@@ -6,53 +6,25 @@ distributions load (empty: none of them); `TORCHGRAFT_STRICT=1` makes a plugin t
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from dataclasses import replace
+from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pluggy
 
-import torchgraft
-from torchgraft import bnb_kinds, hookspecs, kinds
+from torchgraft import bnb_kinds, hookspecs, torch_kinds
 from torchgraft.errors import PluginError, TorchgraftWarning
-from torchgraft.kinds import Kind, Shape
+from torchgraft.kinds import Kind
 from torchgraft.method import Method
+from torchgraft.method_hooks import MethodHooks
+from torchgraft.plugin_info import DISTRIBUTION, PluginInfo, bundled_first, check_version, info_of, is_allowed, is_strict, taken
 from torchgraft.selection import near
 
-if TYPE_CHECKING:
-    from torch import Generator, Tensor, nn
-
-    from torchgraft.site import Site
-
 GROUP = "torchgraft"
-DISTRIBUTION = "torchgraft"
-BUILTIN_KINDS = (*bnb_kinds.KINDS, *kinds.BUILTIN)  # the quantised linears first: they are subclasses of nn.Linear
-FORWARD_ARGUMENTS = ("site", "config", "params", "x", "base")
-
-Forward = Callable[..., "Tensor"]
-
-
-@dataclass(frozen=True)
-class PluginInfo:
-    """One plugin, loaded or not. `error` says why it cannot be used."""
-
-    name: str
-    distribution: str
-    version: str
-    entry_point: str
-    error: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.entry_point}, from {self.distribution} {self.version})"
-
-    @property
-    def way_out(self) -> str:
-        """What a user can do about the error."""
-        return f"update or uninstall {self.distribution}, or leave it out: TORCHGRAFT_PLUGINS lists those that may load"
+BUILTIN_KINDS = (*bnb_kinds.KINDS, *torch_kinds.KINDS)  # the quantised linears first: they are subclasses of nn.Linear
 
 
 class Registry:
@@ -71,7 +43,7 @@ class Registry:
         """By plugin."""
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._refused: list[PluginInfo] = []
-        for point in sorted(entry_points(group=GROUP) if points is None else points, key=_bundled_first):
+        for point in sorted(entry_points(group=GROUP) if points is None else points, key=bundled_first):
             self._discover(point)
 
     def plugins(self) -> list[PluginInfo]:
@@ -88,7 +60,7 @@ class Registry:
         """
         info = PluginInfo(name, "(registered by hand)", "", getattr(plugin, "__name__", type(plugin).__name__))
         if name in self._infos:
-            raise PluginError(_taken(info, self._infos[name]))
+            raise PluginError(taken(info, self._infos[name]))
         if self._manager.is_registered(plugin):
             raise PluginError(f"{info}: it is registered already, as {self._manager.get_name(plugin)!r}")
         self._add(plugin, info)
@@ -180,8 +152,8 @@ class Registry:
         return self._callers[method, hook]
 
     def _discover(self, point: EntryPoint) -> None:
-        info = _info_of(point)
-        if info.distribution != DISTRIBUTION and not _allowed(point.name):
+        info = info_of(point)
+        if info.distribution != DISTRIBUTION and not is_allowed(point.name):
             return
         if (holder := self._infos.get(point.name)) is not None:
             self._refuse(info, holder)
@@ -192,10 +164,10 @@ class Registry:
     def _refuse(self, info: PluginInfo, holder: PluginInfo) -> None:
         """A bundled name stays with its owner; of two strangers, neither gets it."""
         if is_strict():
-            raise PluginError(_taken(info, holder))
-        self._refused.append(replace(info, error=_taken(info, holder)))
+            raise PluginError(taken(info, holder))
+        self._refused.append(replace(info, error=taken(info, holder)))
         if holder.distribution != DISTRIBUTION:
-            self._infos[info.name] = replace(holder, error=_taken(holder, info))
+            self._infos[info.name] = replace(holder, error=taken(holder, info))
             self._points.pop(info.name, None)
 
     def _load_all(self, which: Callable[[PluginInfo], bool] = lambda info: True) -> None:
@@ -211,7 +183,7 @@ class Registry:
             return ""
         info = self._infos[name]
         try:
-            _check_version(point)
+            check_version(point)
             self._add(point.load(), info)
         except (Exception, SystemExit) as error:  # whatever a stranger's module does on import stays its own problem
             message = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
@@ -244,92 +216,6 @@ class Registry:
         if holder is not None or kind.name in {builtin.name for builtin in BUILTIN_KINDS}:
             raise PluginError(f"its kind of layer is called {kind.name!r}, and so is one of {holder or 'torchgraft itself'}")
         return kind
-
-
-class MethodHooks:
-    """The hooks of one method as plain, typed calls."""
-
-    def __init__(self, method: Method, own: Mapping[str, pluggy.HookImpl], caller: Callable[[str], pluggy.HookCaller]) -> None:
-        self.method = method
-        self._own = own
-        self._caller = caller
-
-    def has(self, hook: str) -> bool:
-        """Whether the method provides an optional hook."""
-        return hook in self._own
-
-    def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
-        """Of the tensors that `init` returns, without making them if the method can tell."""
-        shapes: dict[str, Shape] | None = self._caller("adapter_shapes")(site=site, config=config)
-        if shapes is not None:
-            return shapes
-        import torch
-
-        weight = torch.empty(site.shape, dtype=getattr(torch, site.dtype), device="meta")
-        blank = replace(site, module=None, read=lambda: weight)
-        return {name: tuple(tensor.shape) for name, tensor in self.init(blank, config, torch.Generator()).items()}
-
-    def prepare(self, site: Site, config: Any) -> nn.Module | None:
-        layer: nn.Module | None = self._caller("adapter_prepare")(site=site, config=config)
-        return layer
-
-    def to_lora(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        scale, factors = self._caller("adapter_to_lora")(site=site, config=config, params=params)
-        return scale, factors
-
-    def init(self, site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = self._caller("adapter_init")(site=site, config=config, generator=generator)
-        return tensors
-
-    @cached_property
-    def forward(self) -> Forward:
-        """The plugin's own function, unless another plugin observes or wraps it: no pluggy in the hot path."""
-        caller, own = self._caller("adapter_forward"), self._own["adapter_forward"]
-        if len(caller.get_hookimpls()) > 1:
-            return lambda *args: caller(**dict(zip(FORWARD_ARGUMENTS, args, strict=True)))
-        function: Forward = cast(Forward, own.function)
-        if own.argnames == FORWARD_ARGUMENTS:
-            return function
-        places = [FORWARD_ARGUMENTS.index(name) for name in own.argnames]
-        return lambda *args: function(*(args[place] for place in places))
-
-    @property
-    def merges_rows(self) -> bool:
-        """Whether merge and unmerge can be given blocks of rows."""
-        names = ("adapter_merge", "adapter_unmerge", "adapter_undo")
-        return all("rows" in self._own[name].argnames for name in names if name in self._own)
-
-    def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        merged: Tensor = self._caller("adapter_merge")(config=config, params=params, weight=weight, rows=rows)
-        return merged
-
-    def unmerge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        restored: Tensor = self._caller("adapter_unmerge")(config=config, params=params, weight=weight, rows=rows)
-        return restored
-
-    @property
-    def merges_bias(self) -> bool:
-        return self.has("adapter_merge_bias")
-
-    def merge_bias(self, config: Any, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:
-        merged: Tensor = self._caller("adapter_merge_bias")(config=config, params=params, bias=bias)
-        return merged
-
-    def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Empty if the method needs nothing."""
-        tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight, rows=rows)
-        return tensors or {}
-
-    def param_groups(self, **arguments: Any) -> list[dict[str, Any]] | None:
-        groups: list[dict[str, Any]] | None = self._caller("adapter_param_groups")(**arguments)
-        return groups
-
-    def penalty(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> Tensor | None:
-        penalty: Tensor | None = self._caller("adapter_penalty")(site=site, config=config, params=params)
-        return penalty
-
-    def step(self, **arguments: Any) -> None:
-        self._caller("adapter_step")(**arguments)
 
 
 @cache
@@ -381,45 +267,5 @@ def _method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
     return method
 
 
-def _check_version(point: EntryPoint) -> None:
-    """pip lets one distribution be updated without another that needs its old version.
-
-    Raises:
-        PluginError: the plugin's distribution requires another version of this one.
-    """
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    dist = point.dist
-    for requirement in map(Requirement, (dist.requires or ()) if dist is not None and dist.name != DISTRIBUTION else ()):
-        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        fits = requirement.specifier.contains(torchgraft.__version__, prereleases=True)
-        if canonicalize_name(requirement.name) == DISTRIBUTION and applies and not fits:
-            raise PluginError(f"it requires {requirement}, and this is torchgraft {torchgraft.__version__}")
-
-
 def _call(impl: pluggy.HookImpl, **arguments: Any) -> Any:
     return impl.function(*(arguments[name] for name in impl.argnames))
-
-
-def _info_of(point: EntryPoint) -> PluginInfo:
-    dist = point.dist
-    return PluginInfo(point.name, dist.name if dist else "(unknown)", dist.version if dist else "", point.value)
-
-
-def _bundled_first(point: EntryPoint) -> tuple[bool, str, str]:
-    distribution = _info_of(point).distribution
-    return (distribution != DISTRIBUTION, point.name, distribution)
-
-
-def _taken(info: PluginInfo, holder: PluginInfo) -> str:
-    return f"the name {info.name!r} of {info} is taken by {holder}; uninstall one of the two"
-
-
-def _allowed(name: str) -> bool:
-    allowed = os.environ.get("TORCHGRAFT_PLUGINS")
-    return allowed is None or name in {word.strip() for word in allowed.split(",")}
-
-
-def is_strict() -> bool:
-    return os.environ.get("TORCHGRAFT_STRICT", "") not in ("", "0")

@@ -11,7 +11,8 @@ from torchgraft.config import Config
 from torchgraft.dtypes import SIZES
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
 from torchgraft.layers import Layer, is_inside
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.manager import registry
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.planning import Plan, site_of
 
 MOMENTS = 2

@@ -17,8 +17,9 @@ from torchgraft.errors import ConfigError, MergeError
 from torchgraft.kinds import Kind
 from torchgraft.layers import HEAD
 from torchgraft.layout import Layout, Placed, plan_layout
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.manager import registry
 from torchgraft.merge_record import refuse_merged
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.other_weights import warn_of_other_weights
 from torchgraft.output import json_bytes
 from torchgraft.pairing import pair

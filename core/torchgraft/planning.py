@@ -14,7 +14,8 @@ from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint, module_names
 from torchgraft.errors import AttachError, ConfigError, SelectionError, TorchgraftWarning
 from torchgraft.layers import Layer, is_inside
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.manager import registry
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.selection import name_matcher, near, select
 from torchgraft.site import Site
 

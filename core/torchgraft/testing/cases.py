@@ -19,7 +19,8 @@ from torchgraft.config import Config, parse_config
 from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning
 from torchgraft.graft import SitePart
 from torchgraft.kinds import Kind, kind_of
-from torchgraft.manager import MethodHooks, registry
+from torchgraft.manager import registry
+from torchgraft.method_hooks import MethodHooks
 from torchgraft.planning import plan, site_of
 from torchgraft.site import Site
 from torchgraft.testing.compare import SkippedError

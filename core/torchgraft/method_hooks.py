@@ -1,0 +1,108 @@
+"""One method's hooks as typed calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import pluggy
+
+from torchgraft.kinds import Shape
+from torchgraft.method import Method
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from torchgraft.site import Site
+
+FORWARD_ARGUMENTS = ("site", "config", "params", "x", "base")
+
+Forward = Callable[..., "Tensor"]
+
+
+class MethodHooks:
+    """The hooks of one method as plain, typed calls."""
+
+    def __init__(self, method: Method, own: Mapping[str, pluggy.HookImpl], caller: Callable[[str], pluggy.HookCaller]) -> None:
+        self.method = method
+        self._own = own
+        self._caller = caller
+
+    def has(self, hook: str) -> bool:
+        """Whether the method provides an optional hook."""
+        return hook in self._own
+
+    def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
+        """Of the tensors that `init` returns, without making them if the method can tell."""
+        shapes: dict[str, Shape] | None = self._caller("adapter_shapes")(site=site, config=config)
+        if shapes is not None:
+            return shapes
+        import torch
+
+        weight = torch.empty(site.shape, dtype=getattr(torch, site.dtype), device="meta")
+        blank = replace(site, module=None, read=lambda: weight)
+        return {name: tuple(tensor.shape) for name, tensor in self.init(blank, config, torch.Generator()).items()}
+
+    def prepare(self, site: Site, config: Any) -> nn.Module | None:
+        layer: nn.Module | None = self._caller("adapter_prepare")(site=site, config=config)
+        return layer
+
+    def to_lora(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+        scale, factors = self._caller("adapter_to_lora")(site=site, config=config, params=params)
+        return scale, factors
+
+    def init(self, site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = self._caller("adapter_init")(site=site, config=config, generator=generator)
+        return tensors
+
+    @cached_property
+    def forward(self) -> Forward:
+        """The plugin's own function, unless another plugin observes or wraps it: no pluggy in the hot path."""
+        caller, own = self._caller("adapter_forward"), self._own["adapter_forward"]
+        if len(caller.get_hookimpls()) > 1:
+            return lambda *args: caller(**dict(zip(FORWARD_ARGUMENTS, args, strict=True)))
+        function: Forward = cast(Forward, own.function)
+        if own.argnames == FORWARD_ARGUMENTS:
+            return function
+        places = [FORWARD_ARGUMENTS.index(name) for name in own.argnames]
+        return lambda *args: function(*(args[place] for place in places))
+
+    @property
+    def merges_rows(self) -> bool:
+        """Whether merge and unmerge can be given blocks of rows."""
+        names = ("adapter_merge", "adapter_unmerge", "adapter_undo")
+        return all("rows" in self._own[name].argnames for name in names if name in self._own)
+
+    def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        merged: Tensor = self._caller("adapter_merge")(config=config, params=params, weight=weight, rows=rows)
+        return merged
+
+    def unmerge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        restored: Tensor = self._caller("adapter_unmerge")(config=config, params=params, weight=weight, rows=rows)
+        return restored
+
+    @property
+    def merges_bias(self) -> bool:
+        return self.has("adapter_merge_bias")
+
+    def merge_bias(self, config: Any, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:
+        merged: Tensor = self._caller("adapter_merge_bias")(config=config, params=params, bias=bias)
+        return merged
+
+    def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Empty if the method needs nothing."""
+        tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight, rows=rows)
+        return tensors or {}
+
+    def param_groups(self, **arguments: Any) -> list[dict[str, Any]] | None:
+        groups: list[dict[str, Any]] | None = self._caller("adapter_param_groups")(**arguments)
+        return groups
+
+    def penalty(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> Tensor | None:
+        penalty: Tensor | None = self._caller("adapter_penalty")(site=site, config=config, params=params)
+        return penalty
+
+    def step(self, **arguments: Any) -> None:
+        self._caller("adapter_step")(**arguments)

@@ -1,0 +1,71 @@
+"""What the metadata of an installed distribution say of a plugin, before it is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+
+import torchgraft
+from torchgraft.errors import PluginError
+
+DISTRIBUTION = "torchgraft"
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One plugin, loaded or not. `error` says why it cannot be used."""
+
+    name: str
+    distribution: str
+    version: str
+    entry_point: str
+    error: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.entry_point}, from {self.distribution} {self.version})"
+
+    @property
+    def way_out(self) -> str:
+        """What a user can do about the error."""
+        return f"update or uninstall {self.distribution}, or leave it out: TORCHGRAFT_PLUGINS lists those that may load"
+
+
+def info_of(point: EntryPoint) -> PluginInfo:
+    dist = point.dist
+    return PluginInfo(point.name, dist.name if dist else "(unknown)", dist.version if dist else "", point.value)
+
+
+def check_version(point: EntryPoint) -> None:
+    """pip lets one distribution be updated without another that needs its old version.
+
+    Raises:
+        PluginError: the plugin's distribution requires another version of this one.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    dist = point.dist
+    for requirement in map(Requirement, (dist.requires or ()) if dist is not None and dist.name != DISTRIBUTION else ()):
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        fits = requirement.specifier.contains(torchgraft.__version__, prereleases=True)
+        if canonicalize_name(requirement.name) == DISTRIBUTION and applies and not fits:
+            raise PluginError(f"it requires {requirement}, and this is torchgraft {torchgraft.__version__}")
+
+
+def bundled_first(point: EntryPoint) -> tuple[bool, str, str]:
+    distribution = info_of(point).distribution
+    return (distribution != DISTRIBUTION, point.name, distribution)
+
+
+def taken(info: PluginInfo, holder: PluginInfo) -> str:
+    return f"the name {info.name!r} of {info} is taken by {holder}; uninstall one of the two"
+
+
+def is_allowed(name: str) -> bool:
+    allowed = os.environ.get("TORCHGRAFT_PLUGINS")
+    return allowed is None or name in {word.strip() for word in allowed.split(",")}
+
+
+def is_strict() -> bool:
+    return os.environ.get("TORCHGRAFT_STRICT", "") not in ("", "0")

@@ -1,0 +1,205 @@
+"""The kinds of torch's own layers, and of transformers' transposed linear one."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from torchgraft.kinds import Kind, Shape, dropped
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Linear(Kind):
+    """nn.Linear: weight (out, in)."""
+
+    name = "Linear"
+
+    def module_class(self) -> type[nn.Module] | None:
+        from torch import nn
+
+        return nn.Linear
+
+    def canonical_shape(self, shape: Shape) -> tuple[int, int]:
+        return (shape[0], shape[1])
+
+    def to_canonical(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
+        return matrix
+
+    def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
+        from torch.nn import functional as F
+
+        return F.linear(dropped(x.to(a.dtype), dropout, module), a)
+
+    def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        from torch.nn import functional as F
+
+        return F.linear(h, b)
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.project_in(module, x, matrix)
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+        from torch import nn
+
+        layers = (nn.Linear(12, 20), nn.Linear(20, 12, bias=False), nn.Linear(16, 16, bias=False), nn.Linear(16, 16))
+        return [(layer, torch.randn(5, layer.in_features)) for layer in layers]
+
+
+class Conv1D(Linear):
+    """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): GPT-2 and its kin."""
+
+    name = "Conv1D"
+
+    def module_class(self) -> type[nn.Module] | None:
+        import sys
+
+        # Without transformers loaded there can be no such module, and loading it takes seconds.
+        library = sys.modules.get("transformers.pytorch_utils")
+        return getattr(library, "Conv1D", None)
+
+    def canonical_shape(self, shape: Shape) -> tuple[int, int]:
+        return (shape[1], shape[0])
+
+    def to_canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
+        return matrix.t()
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+        from transformers.pytorch_utils import Conv1D as Layer
+
+        found: list[tuple[nn.Module, Tensor]] = []
+        for out, width in ((20, 12), (16, 16)):
+            layer = Layer(out, width)  # type: ignore[no-untyped-call]
+            torch.nn.init.normal_(layer.weight, std=0.2)
+            torch.nn.init.normal_(layer.bias)  # it would be zero, and a bias that is forgotten would not show
+            found.append((layer, torch.randn(5, width)))
+        return found
+
+
+class Embedding(Kind):
+    """nn.Embedding: weight (V, d). As a matrix it maps a one-hot vector of V to d, so its canonical form is (d, V)."""
+
+    name = "Embedding"
+
+    def module_class(self) -> type[nn.Module]:
+        from torch import nn
+
+        return nn.Embedding
+
+    def canonical_shape(self, shape: Shape) -> tuple[int, int]:
+        return (shape[1], shape[0])
+
+    def to_canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
+        return matrix.t()
+
+    def fan_in(self, shape: Shape) -> int:
+        return 1  # a one-hot input reaches each output through one entry
+
+    def dropout(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
+        return x
+
+    def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
+        """Looks up columns of A. Indices cannot be dropped, so dropout falls on the columns that were looked up."""
+        from torch.nn import functional as F
+
+        columns = F.embedding(x, a.t(), module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)  # type: ignore[arg-type]
+        return dropped(columns, dropout, module)
+
+    def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        from torch.nn import functional as F
+
+        return F.linear(h, b)
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.project_in(module, x, matrix)
+
+    def unfit(self, module: nn.Module) -> str:
+        if module.max_norm is not None:
+            return "has max_norm, which rewrites its weight in every forward"
+        return ""
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+        from torch import nn
+
+        layers = (nn.Embedding(11, 14), nn.Embedding(16, 16, padding_idx=0))
+        return [(layer, torch.randint(1, layer.num_embeddings, (5, 3))) for layer in layers]
+
+
+class ConvNd(Kind):
+    """nn.Conv1d, 2d, 3d with any stride, padding (mode), dilation and groups.
+
+    Weight (out, in/groups, k…); canonical (out, in/groups·∏k). In a grouped layer every group applies the same A to its
+    own inputs and its own rows of B, so B·A has the layer's own shape and merges like any other.
+    """
+
+    def __init__(self, dimensions: int) -> None:
+        self.dimensions = dimensions
+        self.name = f"Conv{dimensions}d"
+
+    def module_class(self) -> type[nn.Module]:
+        from torch import nn
+
+        conv: type[nn.Module] = getattr(nn, self.name)
+        return conv
+
+    def canonical_shape(self, shape: Shape) -> tuple[int, int]:
+        return (shape[0], prod(shape[1:]))
+
+    def fits(self, shape: Shape) -> bool:
+        return len(shape) == self.dimensions + 2
+
+    def to_canonical(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
+        return matrix.reshape(shape)
+
+    def broadcast(self, module: nn.Module, vector: Tensor) -> Tensor:
+        return vector.view(-1, *(1,) * self.dimensions)
+
+    def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
+        """(N, in, …) → (N, groups·r, …), by the layer's own convolution with A's rows as filters, once per group."""
+        filters = a.reshape(len(a), *module.weight.shape[1:])  # type: ignore[index]
+        filters = filters.repeat(module.groups, *(1,) * (filters.dim() - 1))  # type: ignore[call-overload]
+        inputs = dropped(x.to(a.dtype), dropout, module)
+        out: Tensor = module._conv_forward(inputs, filters, None)  # type: ignore[operator]  # has every padding mode
+        return out
+
+    def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
+        """(N, groups·r, …) → (N, out, …), by a convolution of kernel size 1."""
+        from torch.nn import functional as F
+
+        convolution = getattr(F, f"conv{self.dimensions}d")
+        out: Tensor = convolution(h, b.reshape(*b.shape, *(1,) * self.dimensions), groups=module.groups)
+        return out
+
+    def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        out: Tensor = module._conv_forward(x.to(matrix.dtype), matrix.reshape(module.weight.shape), None)  # type: ignore[operator, arg-type]
+        return out
+
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        import torch
+
+        make: Any = self.module_class()
+        layers = [
+            make(4, 10, 3, stride=2, padding=1),
+            make(8, 8, 3, padding=2, dilation=2, groups=2, bias=False),
+            make(8, 8, 1, padding=1, padding_mode="circular"),
+        ]
+        return [(layer, torch.randn(3, layer.in_channels, *(6, 5, 4)[: self.dimensions])) for layer in layers]
+
+
+KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))
