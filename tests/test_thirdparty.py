@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import io
+import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 
 import torchgraft as tg
 from models import perturb_
-from thirdparty import NAMES, registered
+from thirdparty import EXAMPLES, NAMES, registered
 
 OPTIONS: dict[str, dict[str, object]] = {"loha": {"rank": 3, "alpha": 2.0}, "oft": {"blocks": 2}, "vera": {"rank": 5}}
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -127,3 +130,21 @@ def test_vera_shares_its_random_matrices_between_layers() -> None:
     assert torch.equal(b["B"], a["B"][:4])
     assert not torch.equal(a["A"], tg.apply(model, "vera", ["a"], name="other", rank=5).parts["a"].tensors()["A"])
     assert {name.rpartition(".")[2] for name, _ in adapter.named_parameters()} == {"b", "d"}
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_it_passes_the_kit(method: str) -> None:
+    report = tg.testing.check_plugin(method)
+    print(report.verdict)
+    assert report.passed >= 25
+
+
+def test_ia3_takes_at_most_40_lines_of_code() -> None:
+    source = (EXAMPLES / "torchgraft-ia3" / "torchgraft_ia3.py").read_text()
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in layout]
+    used = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    owners = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
+    docstrings = [node.body[0] for node in owners if ast.get_docstring(node)]
+    used -= {line for text in docstrings for line in range(text.lineno, text.end_lineno + 1)}
+    assert 20 < len(used) <= 40

@@ -32,7 +32,10 @@ class Beneath(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """`module` is absent when the site is in a checkpoint that no model was built for; `read` then gives its stored weight."""
+    """One layer as a method sees it: its weight as a matrix, and ways to apply matrices as the layer itself would.
+
+    `module` is absent when the site is in a checkpoint that no model was built for; `read` then gives its stored weight.
+    """
 
     name: str
     kind: Kind

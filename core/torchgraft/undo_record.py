@@ -2,7 +2,7 @@
 
 NAME#blocks            int64 (blocks, 4): for each block of canonical rows, its last row + 1 and the lengths of its three parts
 NAME#gap, #step, #wide the parts of all blocks' corrections, one after the other (see `exact`)
-NAME#needed.N.KEY      what the method of adapter N asked for, by its hook adapter_undo
+NAME#needed.N.KEY      what the method of the Nth adapter on this tensor asked for, by its hook adapter_undo
 """
 
 from __future__ import annotations
