@@ -22,7 +22,7 @@ def test_it_is_the_formula_of_the_paper(side: str) -> None:
     adapter = tg.apply(model, "ia3", ["0"], side=side)
     (factors,) = adapter.parameters()
     torch.nn.init.uniform_(factors, 0.5, 2)
-    w, b, factor = (tensor.detach() for tensor in (layer.weight, layer.bias, factors.double()))
+    w, b, factor = (tensor.detach().clone() for tensor in (layer.weight, layer.bias, factors.double()))
     expected = factor * (x @ w.T + b) if side == "output" else (factor * x) @ w.T + b
     torch.testing.assert_close(model(x), expected)
     adapter.merge()
