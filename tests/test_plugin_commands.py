@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import torchgraft as tg
 from installed import METHOD, Installed
@@ -117,3 +120,45 @@ def test_what_a_plugin_provides_is_shown(adapt: Callable, installed: Installed) 
     shown = json.loads(adapt("plugins", "show", "shift", "--json").out)
     assert shown["capabilities"]["merges_rows"] is False
     assert shown["distribution"] == "shift-tools"
+
+
+def test_with_four_broken_plugins_every_command_works(
+    adapt: Callable, installed: Installed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong_signature = METHOD.replace("params, x, base", "params, x, layer").replace("base(x)", "layer(x)")
+    modules = {
+        "imports": installed.add("imports", "raise RuntimeError('at import')", distribution="import-tools"),
+        "signature": installed.add("signature", wrong_signature, distribution="signature-tools"),
+        "lora": installed.add("lora", METHOD, distribution="taken-tools"),
+        "future": installed.add("future", METHOD, distribution="future-tools", requires="torchgraft>=99"),
+    }
+    model, paths = tmp_path / "model", [tmp_path / name for name in ("adapter", "merged", "back")]
+    model.mkdir()
+    save_file({"q_proj.weight": torch.randn(6, 4)}, model / "model.safetensors", metadata={"format": "pt"})
+    commands = [
+        ("--help",),
+        ("plugins", "list"),
+        ("plugins", "show", "lora"),
+        ("plugins", "check", "lora", "--only", "init"),
+        ("inspect", model, "--target", "q_proj"),
+        ("apply", model, "--plugin", "lora", "--target", "q_proj", "-o", paths[0]),
+        ("check", model, paths[0]),
+        ("merge", model, paths[0], "-o", paths[1]),
+        ("unmerge", paths[1], "-o", paths[2]),
+        ("export", paths[0], "--to", "lora", "-o", tmp_path / "plain"),
+    ]
+    results = [adapt(*command) for command in commands]
+    assert [result.code for result in results] == [0] * len(commands)
+    shown = " ".join(results[1].out.split())
+    warned = "".join(result.err for result in results)
+    for name in ("imports", "signature", "future"):
+        assert f"the plugin {name} ({modules[name]}, from" in warned
+    for distribution in ("import-tools", "signature-tools", "taken-tools", "future-tools"):
+        assert distribution in shown
+    for reason in ("RuntimeError: at import", "{'layer'}", "is taken by lora", "it requires torchgraft>=99, and this is"):
+        assert reason in shown
+    monkeypatch.setenv("TORCHGRAFT_STRICT", "1")
+    tg.registry.cache_clear()
+    strict = adapt("inspect", model, "--target", "q_proj", "--plugin", "lora")
+    assert strict.code == 2
+    assert "taken-tools" in strict.err
