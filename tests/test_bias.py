@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import torchgraft as tg
 from models import perturb_
 from thirdparty import registered
+from torchgraft import module_merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -201,3 +202,48 @@ def test_a_changed_bias_is_not_exported_as_a_lora(checkpoint: Path, tmp_path: Pa
     adapter, _ = _saved(checkpoint, "ia3", ["q_proj"])
     with pytest.raises(tg.MergeError, match=r"a\.q_proj: ia3 changes its bias"):
         tg.export_adapter(adapter, tmp_path / "lora", "lora", base=checkpoint, rank=2)
+
+
+@pytest.mark.parametrize("how", ["the same Parameter", "the same memory", "a part of a weight"])
+def test_a_bias_that_is_shared_is_not_merged_into(how: str) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4), "c": nn.Linear(4, 4)})
+    if how == "the same Parameter":
+        model["b"].bias = model["a"].bias
+    else:
+        memory = model["a"].bias.data if how == "the same memory" else model["c"].weight.data[1]
+        model["a"].bias, model["b"].bias = nn.Parameter(memory), nn.Parameter(torch.zeros(4) if how != "the same memory" else memory)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    adapter = tg.apply(model, "bitfit", targets=["a"])
+    perturb_(adapter.parameters())
+    with pytest.raises(tg.MergeError, match=r"a: its bias is also (b\.bias|c\.weight), so merging would change both"):
+        adapter.merge()
+    adapter.detach()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_bias_under_two_names_of_one_layer_is_its_own() -> None:
+    layer = nn.Linear(6, 4)
+    model = nn.ModuleDict({"a": layer, "alias": layer})
+    adapter = tg.apply(model, "bitfit", targets=["a"])
+    perturb_(adapter.parameters())
+    adapter.merge()
+    adapter.unmerge()
+
+
+def test_a_bias_that_cannot_be_written_leaves_the_weight_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    model[0].bias = nn.Parameter(torch.zeros(1).expand(4))
+    before = model[0].weight.detach().clone()
+    adapter = tg.apply(model, "ia3", targets=["0"])
+    perturb_(adapter.parameters())
+    with pytest.raises(tg.MergeError, match="0: a tensor of it was expanded"):
+        adapter.merge()
+    assert torch.equal(model[0].weight, before)
+    assert not adapter.merged
+
+
+def test_of_several_tensors_all_are_written_or_none() -> None:
+    weight, expanded = torch.ones(2, 2), torch.zeros(1).expand(4)
+    with pytest.raises(RuntimeError, match="written-to tensor"):
+        module_merge._write({"weight": weight, "bias": expanded}, {"weight": torch.zeros(2, 2), "bias": torch.ones(4)})
+    assert torch.equal(weight, torch.ones(2, 2))

@@ -20,7 +20,7 @@ from torchgraft.graft import Part, SitePart, TrainedCopy
 from torchgraft.layers import Layer
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
-from torchgraft.module_layers import layers_of_module
+from torchgraft.module_layers import layers_of_module, sharing_bias
 from torchgraft.optimizers import make_optimizer
 from torchgraft.planning import Plan
 from torchgraft.resizing import Resize, check_change, check_resizable, resize_
@@ -232,7 +232,8 @@ class Adapter:
         """
         self._check_attached()
         self._check_stepped()
-        module_merge.merge(self.name, self.by_module(), {layer.name: layer.tied for layer in self._layers()})
+        tied = {layer.name: layer.tied for layer in self._layers()}
+        module_merge.merge(self.name, self.by_module(), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
 
     def unmerge(self, *, discard_edits: bool = False) -> None:
         """Give the base weights back, to the last bit, or change nothing.

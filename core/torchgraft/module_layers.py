@@ -92,15 +92,35 @@ def _tied(owners: dict[nn.Module, list[str]]) -> dict[nn.Module, tuple[str, ...]
     found = {}
     for modules in sharing.values():
         for module in modules:
-            others = tuple(owners[other][0] for other in modules if other is not module and _overlap(module, other))
+            others = tuple(owners[other][0] for other in modules if other is not module and _overlap(_weight(module), _weight(other)))
             found[module] = others
     return found
 
 
-def _overlap(one: nn.Module, other: nn.Module) -> bool:
-    first, second = one._parameters["weight"], other._parameters["weight"]
-    assert first is not None
-    assert second is not None
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def sharing_bias(model: nn.Module) -> dict[str, str]:
+    """Layer → another parameter of the model that lies, in part or whole, in the memory of the layer's bias."""
+    places: dict[int, dict[tuple[int, str], tuple[str, Tensor]]] = defaultdict(dict)
+    for name, module in named_base_modules(model):
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                place = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
+                places[place].setdefault((id(module), key), (name, tensor))  # a module has one entry, however many names
+    found = {}
+    for owners in places.values():
+        for owner, (name, own) in owners.items():
+            others = [f"{its}.{key[1]}" for key, (its, other) in owners.items() if key != owner and _overlap(own, other)]
+            if owner[1] == "bias" and others:
+                found[name] = others[0]
+    return found
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
     if first is second:
         return True
     return bool(first.numel() and second.numel()) and first.data_ptr() < _end(second) and second.data_ptr() < _end(first)

@@ -21,12 +21,22 @@ from torchgraft.weights import Applied, replacement
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
 
-def merge(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]]) -> None:
-    """Merge every part into its module, or none. `tied`: layer → the layers that share its weight."""
+def merge(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]], biases: Mapping[str, str]) -> None:
+    """Merge every part into its module, or none.
+
+    Args:
+        tied: layer → the layers that share its weight.
+        biases: layer → a parameter that shares the memory of its bias.
+    """
     for name, (module, part) in parts.items():
         if part.undo is not None:
             raise MergeError(f"the adapter {adapter!r} is merged already ({name}); unmerge it first")
         _check_weights(name, module, tied)
+        if name in biases and isinstance(part, SitePart) and part.hooks.merges_bias:
+            raise MergeError(
+                f"{name}: its bias is also {biases[name]}, so merging would change both. Give it a bias of its own, "
+                "or leave the adapter unmerged"
+            )
         _check_order(name, module, part)
     _all_or_nothing(parts, _merge_part, _restore)
 
@@ -71,6 +81,8 @@ def _check_weights(name: str, module: nn.Module, tied: Mapping[str, tuple[str, .
                 "Give one of them a weight of its own, or leave the adapter unmerged"
             )
     for tensor in module.parameters():
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise MergeError(f"{name}: a tensor of it was expanded, so that its entries share their memory; clone it first")
         if tensor.is_meta:
             raise MergeError(f"{name}: its weight is on the meta device and has no values to merge into")
         if tensor.is_inference():
@@ -152,11 +164,7 @@ def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
         merged={key: digest(tensor) for key, tensor in replaced.items()},
         depth=_merges_on(module),
     )
-    try:
-        _write(originals, replaced)
-    except BaseException:
-        _write(originals, undo.originals)
-        raise
+    _write(originals, replaced)
     part.undo = undo
 
 
@@ -211,5 +219,12 @@ def _merges_on(module: nn.Module) -> int:
 
 @torch.no_grad()
 def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for key, value in values.items():
-        targets[key].copy_(value)
+    """All of them, or none."""
+    before = {key: targets[key].clone() for key in values}
+    try:
+        for key, value in values.items():
+            targets[key].copy_(value)
+    except BaseException:
+        for key, value in before.items():
+            targets[key].copy_(value)
+        raise
