@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import torchgraft as tg
 from models import perturb_
-from thirdparty import registered
+from thirdparty import bitfit, registered
 from torchgraft import module_merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -247,3 +247,48 @@ def test_of_several_tensors_all_are_written_or_none() -> None:
     with pytest.raises(RuntimeError, match="written-to tensor"):
         module_merge._write({"weight": weight, "bias": expanded}, {"weight": torch.zeros(2, 2), "bias": torch.ones(4)})
     assert torch.equal(weight, torch.ones(2, 2))
+
+
+class AddsEverywhere:
+    """As bitfit, without its word on layers that have no bias."""
+
+    adapter_init, adapter_merge, adapter_unmerge = map(staticmethod, (bitfit.adapter_init, bitfit.adapter_merge, bitfit.adapter_unmerge))
+    adapter_forward, adapter_merge_bias = map(staticmethod, (bitfit.adapter_forward, bitfit.adapter_merge_bias))
+
+    @tg.hookimpl
+    def adapter_method(self) -> tg.Method:
+        return tg.Method("everywhere", tg.Config, "", "", additive=True)
+
+
+def test_what_is_added_where_there_is_no_bias_is_not_merged(checkpoint: Path, tmp_path: Path) -> None:
+    tg.registry().register(AddsEverywhere(), "everywhere")
+    try:
+        model = _tree(checkpoint)
+        adapter = tg.apply(model, "everywhere", targets=["o_proj"])
+        perturb_(adapter.parameters())
+        adapter.save(tmp_path / "adapter")
+        for merge in (adapter.merge, lambda: tg.merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged")):
+            with pytest.raises(tg.MergeError, match=r"b\.o_proj: everywhere adds to its bias and it has none"):
+                merge()
+        assert not (tmp_path / "merged").exists()
+    finally:
+        tg.registry().unregister("everywhere")
+
+
+def test_the_order_of_additive_adapters_does_not_matter_to_the_bias(checkpoint: Path, tmp_path: Path) -> None:
+    (one, _), (other, _) = (_saved(checkpoint, "bitfit", ["q_proj"], seed) for seed in (1, 2))
+    scaling, _ = _saved(checkpoint, "ia3", ["q_proj"], seed=3)
+    results = []
+    for number, adapters in enumerate(({one: 1.0, other: 0.5}, {other: 0.5, one: 1.0})):
+        tg.merge_checkpoint(checkpoint, adapters, tmp_path / str(number))
+        results.append(load_file(tmp_path / str(number) / "model.safetensors")["a.q_proj.bias"])
+    torch.testing.assert_close(*results, rtol=1e-7, atol=0)
+    report = tg.merge_checkpoint(checkpoint, {one: 1.0, scaling: 1.0}, tmp_path / "ordered")
+    assert any("merged in this order" in note for note in report.notes)
+
+
+def test_an_input_side_ia3_leaves_the_bias_alone_and_can_be_exported(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = tg.apply(_tree(checkpoint), "ia3", targets=["q_proj"], side="input")
+    perturb_(adapter.parameters())
+    adapter.save(tmp_path / "adapter")
+    assert tg.export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora", base=checkpoint, rank=2).sites == 1

@@ -244,6 +244,35 @@ class TakesTheBias(Scaled):
         return {"g": torch.ones(site.out_features)}
 
 
+@wrong("param_groups", "B is 0 times in the parameter groups that pair makes")
+class LeavesOutB(Pair):
+    @tg.hookimpl
+    def adapter_param_groups(self, adapter: tg.Adapter, lr: float) -> list[dict[str, Any]]:
+        return [{"params": [p for name, p in adapter.named_parameters() if name.endswith("A")], "lr": lr}]
+
+
+@wrong("param_groups", "with lr = 0.125 and 0.25 a group has 0.001 and 0.001")
+class HasARateOfItsOwn(Pair):
+    @tg.hookimpl
+    def adapter_param_groups(self, adapter: tg.Adapter) -> list[dict[str, Any]]:
+        return [{"params": adapter.parameters(), "lr": 1e-3}]
+
+
+@wrong("modes", "the output after the frozen weight was changed")
+class CachesTheWeight(Scaled):
+    @tg.hookimpl
+    def adapter_forward(self, site: tg.Site, params: Params, x: Tensor, base: Base) -> Tensor:
+        scale = site.cached("size", [params["g"]], lambda: site.weight().abs().mean())
+        return scaled(site, params["g"] * scale, base(x))
+
+
+@wrong("additive", r"the merged bias, against b \+ merge_bias\(0\)")
+class ScalesTheBiasAndClaimsToAdd(Pair):
+    @tg.hookimpl
+    def adapter_merge_bias(self, params: Params, bias: Tensor) -> Tensor:
+        return bias * params["B"].sum(1)
+
+
 @wrong("steps", r"layer\.B after step 7 is not finite")
 class DividesByZeroOnce(Pair):
     @tg.hookimpl
@@ -347,7 +376,7 @@ class TakesTheFirstRows(Scaled):
         return params["g"][: len(weight), None] * weight
 
 
-@wrong("rows", r"adapter_merge of rows 0 to 1 of 20 has the shape \(20, 12\), where \(1, 12\) is expected")
+@wrong("rows", r"adapter_merge returned a tensor of shape \[20, 12\], where \[1, 12\] is expected")
 class IgnoresRows(Pair):
     @tg.hookimpl
     def adapter_merge(self, params: Params, weight: Tensor, rows: slice) -> Tensor:

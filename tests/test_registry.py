@@ -192,3 +192,23 @@ def test_a_kind_that_cannot_be_used_is_left_out(source: str, reason: str, instal
     with pytest.warns(tg.TorchgraftWarning, match=f"bad .*from bad-tools 1.2.* is left out: .*{reason}"):
         kinds = [kind.name for kind in registry.kinds()]
     assert kinds.count("taken") == kinds.count("Linear") == 1
+
+
+def test_a_kind_that_cannot_name_its_class_is_left_out(installed: Installed) -> None:
+    installed.add("bad", KIND + "Own.module_class = lambda self: __import__('no_such_library')\n")
+    registry = installed.registry()
+    with pytest.warns(tg.TorchgraftWarning, match="bad .* is left out: ModuleNotFoundError: No module named 'no_such_library'"):
+        assert "bad" not in {kind.name for kind in registry.kinds()}
+    assert [info.error for info in registry.plugins()] == ["ModuleNotFoundError: No module named 'no_such_library'"]
+
+
+def test_strict_is_fatal_every_time(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed.add("bad", "import no_such_module_at_all", distribution="bad-tools")
+    installed.add("good", distribution="good-tools")
+    monkeypatch.setenv("TORCHGRAFT_STRICT", "1")
+    registry = installed.registry()
+    for _ in range(2):
+        with pytest.raises(tg.PluginError, match=r"bad .*from bad-tools.* cannot be used: ModuleNotFoundError"):
+            registry.hooks("good")
+    with pytest.raises(tg.PluginError, match=r"bad .*cannot be used: ModuleNotFoundError"):
+        registry.method("bad")

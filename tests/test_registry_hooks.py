@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,3 +250,122 @@ def test_shapes_that_contradict_init_are_refused(register: Callable[[object, str
         tg.apply(model, "liar", ["0"])
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
+
+
+class Returning:
+    @tg.hookimpl
+    def adapter_merge(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_an_observer_that_returns_something_is_an_error_and_not_the_result() -> None:
+    registry = tg.Registry([])
+    registry.register(Shift("one"), "one")
+    registry.register(Returning(), "watch")
+    with pytest.raises(tg.PluginError, match=r"the plugin watch .*: adapter_merge returned something.*use wrapper=True"):
+        registry.hooks("one").merge(None, PARAMS, WEIGHT)
+
+
+@dataclass
+class NotHashable:
+    """A dataclass that compares by value has no hash."""
+
+    width: int = 3
+
+    @tg.hookimpl
+    def adapter_merge(self) -> None:
+        return None
+
+
+class WrapsTheKinds:
+    @tg.hookimpl(wrapper=True)
+    def layer_kind(self) -> Any:
+        return (yield)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "says"), [(NotHashable(), "a dataclass needs eq=False"), (WrapsTheKinds(), "it wraps layer_kind")], ids=["hash", "wraps"]
+)
+def test_a_plugin_that_would_break_others_is_refused(plugin: object, says: str) -> None:
+    registry = tg.Registry([])
+    registry.register(Shift("one"), "one")
+    with pytest.raises(tg.PluginError, match=says):
+        registry.register(plugin, "bad")
+    torch.testing.assert_close(use(registry.hooks("one")), (FORWARD, MERGED))
+
+
+def test_a_merge_of_another_shape_is_refused_where_it_would_be_broadcast(register: Callable[[object, str], None]) -> None:
+    class Narrow(Shift):
+        @tg.hookimpl
+        def adapter_merge(self, weight: Tensor) -> Tensor:
+            return weight[:1]
+
+    register(Narrow("narrow"), "narrow")
+    model = nn.Sequential(nn.Linear(3, 5))
+    before = model[0].weight.detach().clone()
+    adapter = tg.apply(model, "narrow", ["0"])
+    with pytest.raises(tg.PluginError, match=r"narrow: adapter_merge returned a tensor of shape \[1, 3\], where \[5, 3\] is expected"):
+        adapter.merge()
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ([torch.ones(2)], "not a dict of tensors"),
+        ({"a.b": torch.ones(2)}, "names without a dot"),
+        ({"v": torch.ones(2, dtype=torch.int64)}, "v of torch.int64, which cannot be trained: list it in Method.buffers"),
+    ],
+)
+def test_what_init_may_not_return_is_refused(tensors: Any, says: str, register: Callable[[object, str], None]) -> None:
+    class Odd(Shift):
+        @tg.hookimpl
+        def adapter_init(self) -> Any:
+            return tensors
+
+    register(Odd("odd"), "odd")
+    with pytest.raises(tg.PluginError, match=f"odd: adapter_init .*{says}"):
+        tg.apply(nn.Sequential(nn.Linear(3, 5)), "odd", ["0"])
+
+
+class Permuted:
+    """W' = W with its rows in another order, which is kept as integers."""
+
+    @tg.hookimpl
+    def adapter_method(self) -> tg.Method:
+        return tg.Method("permuted", tg.Config, "", "", buffers=frozenset({"order"}))
+
+    @tg.hookimpl
+    def adapter_init(self, site: tg.Site, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"order": torch.randperm(site.out_features, generator=generator), "gain": torch.ones(1)}
+
+    @tg.hookimpl
+    def adapter_forward(self, params: dict[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        return params["gain"] * base(x)[..., params["order"]]
+
+    @tg.hookimpl
+    def adapter_merge(self, params: dict[str, Tensor], weight: Tensor) -> Tensor:
+        return params["gain"] * weight[params["order"]]
+
+    @tg.hookimpl
+    def adapter_unmerge(self, params: dict[str, Tensor], weight: Tensor) -> Tensor:
+        return (weight / params["gain"])[params["order"].argsort()]
+
+
+def test_a_buffer_of_integers_is_saved_loaded_and_merged(register: Callable[[object, str], None], tmp_path: Path) -> None:
+    register(Permuted(), "permuted")
+    model, x = nn.Sequential(nn.Linear(3, 5, bias=False)), torch.randn(2, 3)
+    base = deepcopy(model)
+    adapter = tg.apply(model, "permuted", ["0"])
+    adapter.save(tmp_path)
+    again = tg.load(base, tmp_path)
+    torch.testing.assert_close(base(x), model(x), rtol=0, atol=0)
+    assert again.parts["0"].tensors()["order"].dtype == torch.int64
+    expected = model(x)
+    adapter.merge()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_role_that_there_is_not_is_refused() -> None:
+    with pytest.raises(tg.PluginError, match=r"m: roles=.*a role can be A, B, magnitude"):
+        tg.Method("m", tg.Config, "", "", roles={"g": "scale"})

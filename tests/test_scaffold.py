@@ -40,7 +40,7 @@ def test_a_new_plugin_passes_the_kit_and_its_own_tests(name: str, adapt: Callabl
 
 
 def test_the_directory_and_json(adapt: Callable, tmp_path: Path) -> None:
-    document = json.loads(adapt("plugins", "new", "rotate", "-o", tmp_path / "elsewhere", "--json").out)
+    document = json.loads(adapt("plugins", "new", "turned", "-o", tmp_path / "elsewhere", "--json").out)
     assert document["output"] == str(tmp_path / "elsewhere")
     assert all((tmp_path / "elsewhere" / name).is_file() for name in document["files"])
 
@@ -52,6 +52,10 @@ def test_the_directory_and_json(adapt: Callable, tmp_path: Path) -> None:
         ("Rotate", "'Rotate' cannot be the name of a method"),
         ("ro-tate", "'ro-tate' cannot be the name of a method"),
         ("../up", "'../up' cannot be the name of a method"),
+        ("ia3_", "'ia3_' cannot be the name of a method"),
+        ("a__b", "'a__b' cannot be the name of a method"),
+        ("plugins", "the name 'plugins' would give a module torchgraft_plugins, and there is one"),
+        ("cli", "the name 'cli' would give a module torchgraft_cli, and there is one"),
         ("1st", "'1st' cannot be the name of a method"),
         ("", "'' cannot be the name of a method"),
     ],
@@ -65,7 +69,7 @@ def test_a_name_that_cannot_be_is_refused(name: str, says: str, adapt: Callable,
 
 def test_what_exists_is_not_written_over(adapt: Callable, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
-    refused = adapt("plugins", "new", "rotate", "-o", tmp_path / "new")
+    refused = adapt("plugins", "new", "turned", "-o", tmp_path / "new")
     assert refused.code == 2
     assert "exists already" in refused.err
     assert list((tmp_path / "new").iterdir()) == []

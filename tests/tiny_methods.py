@@ -94,6 +94,10 @@ class Pair:
         return 0.5, {"A": 2 * params["A"], "B": params["B"]}
 
     @tg.hookimpl
+    def adapter_param_groups(self, adapter: tg.Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": adapter.parameters(), "lr": 2 * lr, "weight_decay": weight_decay}]
+
+    @tg.hookimpl
     def adapter_penalty(self, params: Params) -> Tensor:
         return 0.01 * params["B"].square().sum()
 

@@ -26,13 +26,21 @@ class LazyGroup(click.Group):
     """Each command is the function of its name in `commands/`, imported when it is asked for. After them come those of plugins."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*COMMANDS, *plugin_commands(COMMANDS)]
+        return [*COMMANDS, *_of_plugins(ctx)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
-            return plugin_commands(COMMANDS).get(cmd_name)
+            return _of_plugins(ctx).get(cmd_name)
         command: click.Command = getattr(import_module(f"torchgraft_cli.commands.{cmd_name}"), cmd_name)
         return command
+
+
+def _of_plugins(ctx: click.Context) -> dict[str, click.Command]:
+    """Asked for once in each run."""
+    found: dict[str, click.Command] | None = ctx.meta.get(__name__)
+    if found is None:
+        found = ctx.meta[__name__] = plugin_commands(COMMANDS)
+    return found
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

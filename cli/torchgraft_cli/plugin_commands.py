@@ -37,6 +37,9 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
             _left_out(info, f"its register_commands failed: {type(error).__name__}: {error}")
             continue
         for name, command in own.commands.items():
+            if not isinstance(command, click.Command):
+                _left_out(info, f"its command {name!r} is a {type(command).__name__}, not a click.Command")
+                continue
             if name in owners:
                 _left_out(info, f"its command {name!r} has the name of one of {owners[name]}")
                 continue

@@ -21,7 +21,7 @@ from torchgraft.layers import Layer
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.module_layers import layers_of_module, sharing_bias
-from torchgraft.optimizers import make_optimizer
+from torchgraft.optimizers import check_groups, make_optimizer
 from torchgraft.planning import Plan
 from torchgraft.resizing import Resize, check_change, check_resizable, resize_
 from torchgraft.selection import near
@@ -108,6 +108,8 @@ class Adapter:
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimizer, with the learning rates that the method asks for."""
         groups = self.hooks.param_groups(adapter=self, lr=lr, weight_decay=weight_decay)
+        if groups:
+            check_groups(groups, dict(self.named_parameters()), self.method)
         return groups or [{"params": self.parameters(), "lr": lr, "weight_decay": weight_decay}]
 
     def optimizer(self, name: str, lr: float, weight_decay: float = 0.0, **options: Any) -> Optimizer:

@@ -45,10 +45,13 @@ class BiasMerge:
 
     @torch.no_grad()
     def _sum(self, original: Tensor) -> Tensor:
-        """One adapter after the other, in float64. A factor f takes f of the change."""
+        """One adapter after the other, in float64. The change of an additive one is what merging into zeros gives."""
         result = original.reshape(-1).double()
         with exactly(result):
             for one in self._applied:
-                merged = one.hooks.merge_bias(one.config, widened(one.params, torch.float64, result.device), result)
-                result = merged if one.factor == 1 else result + one.factor * (merged - result)
+                params = widened(one.params, torch.float64, result.device)
+                if one.hooks.method.additive:
+                    result = result + one.factor * one.hooks.merge_bias(one.config, params, torch.zeros_like(result))
+                else:
+                    result = one.hooks.merge_bias(one.config, params, result)
         return result.reshape(original.shape)

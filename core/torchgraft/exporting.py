@@ -152,7 +152,7 @@ class Folded:
 def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], nearest: Nearest | None) -> Folded:
     """Exact if the method has it so, else the nearest."""
     site = paired.site
-    if hooks.merges_bias and site.has_bias:
+    if site.has_bias and _changes_bias(hooks, paired, params):
         raise MergeError(f"{site.name}: {hooks.method.name} changes its bias, too, and a LoRA changes none; merge it ('adapt merge')")
     if hooks.has("adapter_to_lora"):
         if nearest is not None:
@@ -167,6 +167,12 @@ def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], n
     with exactly(weight):
         change = hooks.merge(paired.config, widened(params, weight.dtype), weight) - weight
     return Folded(site, 1.0, *nearest_lora(change, nearest.rank))
+
+
+def _changes_bias(hooks: MethodHooks, paired: PairedSite, params: Mapping[str, Tensor]) -> bool:
+    """Whether these parameters do: some options of a method may leave it alone."""
+    bias = torch.rand(paired.site.out_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return hooks.merges_bias and not hooks.merge_bias(paired.config, widened(params, bias.dtype), bias.clone()).equal(bias)
 
 
 def nearest_lora(change: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:

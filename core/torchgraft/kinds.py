@@ -25,6 +25,8 @@ class Kind(ABC):
     name: str
     quantized = False
     """Whether the module holds the weight as codes, so that it cannot be written but only replaced."""
+    dimensions = 0
+    """Of a convolution's kernel; 0 for any other layer."""
     stored_as = ""
     """The kind that this layer has in a checkpoint, where that is another."""
 

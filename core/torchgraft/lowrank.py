@@ -207,7 +207,7 @@ class LowRankPeft:
     def shapes(self, site: Site, config: LowRankConfig) -> dict[str, Shape]:
         rank, groups = self._peft_rank(site, config), site.groups
         name_a, name_b = self._suffixes(site)
-        if len(site.shape) == 2:
+        if not site.kind.dimensions:
             return {name_a: (rank, site.in_features), name_b: (site.out_features, rank)}
         kernel = site.shape[2:]
         return {name_a: (rank, site.shape[1] * groups, *kernel), name_b: (site.out_features, rank // groups, *(1,) * len(kernel))}

@@ -6,6 +6,7 @@ distributions load (empty: none of them); `TORCHGRAFT_STRICT=1` makes a plugin t
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -24,6 +25,8 @@ from torchgraft.plugin_info import DISTRIBUTION, PluginInfo, bundled_first, chec
 from torchgraft.selection import near
 
 GROUP = "torchgraft"
+GIVES = ("adapter_method", "layer_kind", "register_commands")
+"""The hooks by which a plugin gives something; by the others a method works."""
 BUILTIN_KINDS = (*bnb_kinds.KINDS, *torch_kinds.KINDS)  # the quantised linears first: they are subclasses of nn.Linear
 
 
@@ -41,6 +44,8 @@ class Registry:
         self._methods: dict[str, Method] = {}
         self._kinds: dict[str, Kind] = {}
         """By plugin."""
+        self._tried: set[str] = set()
+        """The plugins whose kind has named its class of layer."""
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._refused: list[PluginInfo] = []
         for point in sorted(entry_points(group=GROUP) if points is None else points, key=bundled_first):
@@ -68,10 +73,8 @@ class Registry:
 
     def unregister(self, name: str) -> None:
         """Remove a plugin that `register` added."""
-        self._callers.clear()
         self._manager.unregister(name=name)
-        self._methods.pop(name, None)
-        self._kinds.pop(name, None)
+        self._forget(name)
         del self._infos[name]
 
     def method(self, name: str) -> Method:
@@ -104,9 +107,6 @@ class Registry:
         plugin = self._manager.get_plugin(name)
         return tuple(sorted(_own_hooks(self._manager, plugin))) if plugin is not None else ()
 
-    def kind_of_plugin(self, name: str) -> Kind | None:
-        return self._kinds.get(name)
-
     def implementations(self, hook: str) -> list[tuple[PluginInfo, Callable[..., Any]]]:
         """Each plugin's own function for `hook`, to be called one by one where the one that fails is to be named.
 
@@ -130,7 +130,15 @@ class Registry:
     def kinds(self) -> tuple[Kind, ...]:
         """Every kind of layer: those of plugins, then the built-in ones."""
         self._load_all()
-        return (*self._manager.hook.layer_kind(), *BUILTIN_KINDS)
+        for name in [name for name in self._kinds if name not in self._tried]:
+            self._tried.add(name)
+            try:
+                self._kinds[name].module_class()
+            except Exception as error:  # noqa: BLE001  (a stranger's code, as in _try_load)
+                self._manager.unregister(name=name)
+                self._forget(name)
+                self._warn(name, self._failed(name, error))
+        return (*self._kinds.values(), *BUILTIN_KINDS)
 
     def kind(self, name: str) -> Kind:
         """The kind called `name`.
@@ -172,9 +180,15 @@ class Registry:
 
     def _load_all(self, which: Callable[[PluginInfo], bool] = lambda info: True) -> None:
         for name in list(self._points):
-            info = self._infos[name]
-            if which(info) and (error := self._try_load(name)):
-                warnings.warn(f"the plugin {info} is left out: {error}; {info.way_out}", TorchgraftWarning, stacklevel=3)
+            if which(self._infos[name]) and (error := self._try_load(name)):
+                self._warn(name, error)
+        broken = next((info for info in self._infos.values() if info.error and which(info)), None)
+        if broken is not None and is_strict():
+            raise PluginError(f"the plugin {broken} cannot be used: {broken.error}")
+
+    def _warn(self, name: str, error: str) -> None:
+        info = self._infos[name]
+        warnings.warn(f"the plugin {info} is left out: {error}; {info.way_out}", TorchgraftWarning, stacklevel=4)
 
     def _try_load(self, name: str) -> str:
         """Load one plugin once; returns the error, if there was one just now."""
@@ -185,28 +199,42 @@ class Registry:
         try:
             check_version(point)
             self._add(point.load(), info)
-        except (Exception, SystemExit) as error:  # whatever a stranger's module does on import stays its own problem
-            message = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-            if is_strict():
-                raise PluginError(f"the plugin {info} cannot be used: {message}") from error
-            self._infos[name] = replace(info, error=message)
-            return message
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a stranger's module does on import stays its own problem)
+            return self._failed(name, error)
         return ""
 
+    def _failed(self, name: str, error: BaseException) -> str:
+        """Note that the plugin cannot be used; returns why."""
+        info = self._infos[name]
+        message = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        self._infos[name] = replace(info, error=message)
+        if is_strict():
+            raise PluginError(f"the plugin {info} cannot be used: {message}") from error
+        return message
+
     def _add(self, plugin: object, info: PluginInfo) -> None:
-        _check_hooks(plugin)
+        _check_hooks(plugin, info.name)
         self._callers.clear()
         self._manager.register(plugin, name=info.name)
         own = _own_hooks(self._manager, plugin)
         try:
             if "adapter_method" in own:
                 self._methods[info.name] = _method_of(own, info)
-            if "layer_kind" in own and not own["layer_kind"].wrapper:
+            else:
+                _let_observe(own, info)
+            if "layer_kind" in own:
                 self._kinds[info.name] = self._kind_of(own["layer_kind"], info)
         except Exception:
             self._manager.unregister(plugin)
-            self._methods.pop(info.name, None)
+            self._forget(info.name)
             raise
+
+    def _forget(self, name: str) -> None:
+        """What was kept of a plugin that is no longer registered."""
+        self._callers.clear()
+        self._methods.pop(name, None)
+        self._kinds.pop(name, None)
+        self._tried.discard(name)
 
     def _kind_of(self, impl: pluggy.HookImpl, info: PluginInfo) -> Kind:
         kind = impl.function()
@@ -245,14 +273,46 @@ def _own_hooks(manager: pluggy.PluginManager, plugin: object) -> dict[str, plugg
     return {caller.name: impl for caller in callers for impl in caller.get_hookimpls() if impl.plugin is plugin}
 
 
-def _check_hooks(plugin: object) -> None:
+def _check_hooks(plugin: object, name: str) -> None:
     """Try the plugin on a manager of its own: pluggy leaves a plugin half registered when a signature is wrong."""
     trial = _new_manager()
     try:
-        trial.register(plugin)
+        hash(plugin)
+    except TypeError as error:
+        raise PluginError(f"it cannot be kept in a set ({error}); a dataclass needs eq=False") from None
+    try:
+        trial.register(plugin, name)
         trial.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(" ".join(str(error).split())) from None
+        raise PluginError(" ".join(str(error).split()) + _takes(trial, str(error))) from None
+    for hook, impl in _own_hooks(trial, plugin).items():
+        if hook in GIVES and (impl.wrapper or impl.hookwrapper):
+            raise PluginError(f"it wraps {hook}, which gives something new and is not wrapped")
+
+
+def _takes(trial: pluggy.PluginManager, error: str) -> str:
+    """The arguments of the hook that `error` is about; of one that does not exist, near names."""
+    callers = [caller for caller in vars(trial.hook).values() if isinstance(caller, pluggy.HookCaller)]
+    known = {caller.name: caller.spec for caller in callers if caller.spec is not None}
+    quoted = re.findall(r"'(\w+)'", error)
+    for name in quoted:
+        if name in known:
+            return f"; {name} takes {', '.join(known[name].argnames) or 'no arguments'}"
+    return near(quoted[0], known) if "unknown hook" in error and quoted else ""
+
+
+def _let_observe(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> None:
+    """The hooks of a plugin without a method must return nothing, unless they wrap: the first result ends a call."""
+    for name, impl in own.items():
+        if name not in GIVES and not (impl.wrapper or impl.hookwrapper):
+            impl.function = partial(  # type: ignore[misc]
+                _observe, impl.function, f"the plugin {info}: {name}"
+            )
+
+
+def _observe(function: Callable[..., Any], where: str, *arguments: Any) -> None:
+    if function(*arguments) is not None:
+        raise PluginError(f"{where} returned something, which would take the place of the method's; to change it, use wrapper=True")
 
 
 def _method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:

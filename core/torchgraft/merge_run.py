@@ -22,7 +22,7 @@ from torchgraft.output import Progress
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.tensor_merge import TensorMerge
 from torchgraft.undo_record import Corrections, UndoWriter
-from torchgraft.weights import Applied
+from torchgraft.weights import Applied, check_no_bias
 
 
 class MergeRun:
@@ -32,11 +32,16 @@ class MergeRun:
 
     Raises:
         PairingError: an adapter has NaN or infinite entries.
+        MergeError: an adapter changes a bias where there is none.
     """
 
     def __init__(self, plan: MergePlan, digests: Mapping[str, str]) -> None:
         self.plan, self._digests = plan, digests
         self._tensors = [read_tensors(one.pairing) for one in plan.ingredients]
+        for number, one in enumerate(plan.ingredients):
+            for paired in one.pairing.sites if one.hooks.merges_bias else ():
+                if not paired.site.has_bias:
+                    check_no_bias(paired.site.name, self._applied(number, paired), paired.site.out_features)
 
     def write(self, directory: Path, corrections: Path | None, progress: Progress) -> dict[str, str]:
         """Write every weight file to `directory`, and what undoes it to `corrections`. Returns the digests of the base's tensors."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from torchgraft.config import Config
+from torchgraft.errors import PluginError
 from torchgraft.kinds import Shape
 
 if TYPE_CHECKING:
@@ -75,3 +76,7 @@ class Method:
     """Whether torch.compile makes one graph of a layer with such an adapter."""
     peft: PeftFormat | None = None
     """None if PEFT has no such method: its adapters are then saved in the native form only."""
+
+    def __post_init__(self) -> None:
+        if wrong := {name: role for name, role in self.roles.items() if role not in get_args(Role)}:
+            raise PluginError(f"{self.name}: roles={wrong}; a role can be {', '.join(get_args(Role))}")

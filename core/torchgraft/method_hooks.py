@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
+from torchgraft.errors import PluginError
 from torchgraft.kinds import Shape
 from torchgraft.method import Method
 
@@ -55,6 +56,13 @@ class MethodHooks:
 
     def init(self, site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = self._caller("adapter_init")(site=site, config=config, generator=generator)
+        if not isinstance(tensors, dict) or not all(hasattr(tensor, "shape") and "." not in name for name, tensor in tensors.items()):
+            raise PluginError(f"{self.method.name}: adapter_init returned {tensors!r:.80}, not a dict of tensors by names without a dot")
+        for name, tensor in tensors.items():
+            if name not in self.method.buffers and not tensor.is_floating_point():
+                raise PluginError(
+                    f"{self.method.name}: adapter_init made {name} of {tensor.dtype}, which cannot be trained: list it in Method.buffers"
+                )
         return tensors
 
     @cached_property
@@ -76,20 +84,25 @@ class MethodHooks:
         return all("rows" in self._own[name].argnames for name in names if name in self._own)
 
     def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        merged: Tensor = self._caller("adapter_merge")(config=config, params=params, weight=weight, rows=rows)
-        return merged
+        return self._alike(weight, "adapter_merge", config=config, params=params, weight=weight, rows=rows)
 
     def unmerge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
-        restored: Tensor = self._caller("adapter_unmerge")(config=config, params=params, weight=weight, rows=rows)
-        return restored
+        return self._alike(weight, "adapter_unmerge", config=config, params=params, weight=weight, rows=rows)
+
+    def _alike(self, like: Tensor, hook: str, **arguments: Any) -> Tensor:
+        """What the hook returns, which has the shape of `like`: another would be broadcast somewhere, and be wrong without a word."""
+        result: Tensor = self._caller(hook)(**arguments)
+        if getattr(result, "shape", None) != like.shape:
+            found = f"a tensor of shape {list(result.shape)}" if hasattr(result, "shape") else repr(result)
+            raise PluginError(f"{self.method.name}: {hook} returned {found}, where {list(like.shape)} is expected")
+        return result
 
     @property
     def merges_bias(self) -> bool:
         return self.has("adapter_merge_bias")
 
     def merge_bias(self, config: Any, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:
-        merged: Tensor = self._caller("adapter_merge_bias")(config=config, params=params, bias=bias)
-        return merged
+        return self._alike(bias, "adapter_merge_bias", config=config, params=params, bias=bias)
 
     def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
         """Empty if the method needs nothing."""

@@ -16,7 +16,7 @@ from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
 from torchgraft.module_layers import own_state
 from torchgraft.tensor_merge import merge_tensor, unmerge_tensor
-from torchgraft.weights import Applied, replacement
+from torchgraft.weights import Applied, check_no_bias, replacement
 
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
@@ -126,7 +126,7 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
     kind, params, original = part.site.kind, part.tensors(), part.site.stored_weight()
     applied, needed = Applied(part.hooks, part.config, params), dict[str, Tensor]()
     merged = merge_tensor(name, kind, applied, original, needed)
-    bias = _merged_bias(name, applied, module)
+    bias = _merged_bias(name, applied, module, part.site.out_features)
     undo = Undo(
         snapshot=_snapshot(params),
         merged={"weight": digest(merged), **{key: digest(tensor) for key, tensor in bias.items()}},
@@ -146,9 +146,11 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
     part.undo = undo
 
 
-def _merged_bias(name: str, applied: Applied, module: nn.Module) -> dict[str, Tensor]:
+def _merged_bias(name: str, applied: Applied, module: nn.Module, rows: int) -> dict[str, Tensor]:
     """Empty if the layer has none, or the method leaves it as it is."""
     bias = module._parameters.get("bias")
+    if bias is None:
+        check_no_bias(name, applied, rows)
     if bias is None or not applied.hooks.merges_bias:
         return {}
     original = bias.detach()

@@ -1,13 +1,16 @@
-"""Optimizers by name, for `adapter.optimizer`."""
+"""Optimizers by name, and what they are given."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from torchgraft.errors import ConfigError
+from torchgraft.errors import ConfigError, PluginError
 from torchgraft.selection import near
 
 TORCH = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
@@ -19,6 +22,17 @@ BITSANDBYTES = {
     for bits in (32, 8)
 }
 """Our name → that in bitsandbytes.optim. The paged ones move moments to the host's memory when the GPU's is full."""
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter], method: str) -> None:
+    """
+    Raises:
+        PluginError: a parameter is missing from a method's groups, so that it would not be trained, or is there twice.
+    """
+    counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+    for name, parameter in parameters.items():
+        if counts[id(parameter)] != 1:
+            raise PluginError(f"{name} is {counts[id(parameter)]} times in the parameter groups that {method} makes; it must be there once")
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, **options: Any) -> Optimizer:

@@ -167,7 +167,11 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
         named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
         pairing.sites[index] = replace(paired, tensors=named)
         used.update(named.values())
-        problems = (_problem(files, named[suffix], shape) or _type_problem(files, named[suffix]) for suffix, shape in expected.items())
+        exempt = pairing.method.buffers if not files.peft else ()  # a method's own buffers may be indices or masks
+        problems = (
+            _problem(files, named[suffix], shape) or ("" if suffix in exempt else _type_problem(files, named[suffix]))
+            for suffix, shape in expected.items()
+        )
         pairing.problems += [problem for problem in problems if problem]
     absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # a problem already
     for module in pairing.also_train:

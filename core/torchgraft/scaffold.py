@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -12,7 +13,7 @@ from torchgraft.errors import PluginError
 from torchgraft.manager import registry
 from torchgraft.output import new_directory, refuse_existing
 
-NAME = re.compile(r"[a-z][a-z0-9_]*")
+NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
 def distribution_of(name: str) -> str:
@@ -25,17 +26,21 @@ def new_plugin(name: str, directory: str | Path) -> list[Path]:
     It holds a working low-rank method to start from, and tests that run the conformance kit.
 
     Raises:
-        PluginError: the name cannot be a method's, or a plugin that is installed has it.
+        PluginError: the name cannot be a method's, or is taken.
         FileFormatError: the directory exists.
     """
     if not NAME.fullmatch(name):
-        raise PluginError(f"{name!r} cannot be the name of a method: it takes small letters, digits and _, a letter first")
+        raise PluginError(
+            f"{name!r} cannot be the name of a method: it takes small letters and digits, a letter first, with single _ between"
+        )
     taken = next((info for info in registry().plugins() if info.name == name), None)
     if taken is not None:
         raise PluginError(f"the name {name!r} is taken by the plugin {taken}; choose another")
+    module = f"torchgraft_{name}"
+    if find_spec(module) is not None:
+        raise PluginError(f"the name {name!r} would give a module {module}, and there is one; choose another")
     target = Path(directory)
     refuse_existing(target)
-    module = f"torchgraft_{name}"
     values = {
         "name": name,
         "module": module,

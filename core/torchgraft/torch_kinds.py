@@ -48,7 +48,8 @@ class Linear(Kind):
         from torch import nn
 
         layers = (nn.Linear(12, 20), nn.Linear(20, 12, bias=False), nn.Linear(16, 16, bias=False), nn.Linear(16, 16))
-        return [(layer, torch.randn(5, layer.in_features)) for layer in layers]
+        shapes = ((5,), (2, 3), (5,), (2, 3))  # of what comes before the features: in a transformer, batch and sequence
+        return [(layer, torch.randn(*shape, layer.in_features)) for layer, shape in zip(layers, shapes, strict=True)]
 
 
 class Conv1D(Linear):

@@ -135,6 +135,18 @@ def replacement(name: str, trained: Tensor, shape: Sequence[int], dtype: torch.d
     return result
 
 
+def check_no_bias(name: str, one: Applied, rows: int) -> None:
+    """Of a layer that has no bias.
+
+    Raises:
+        MergeError: the adapter would give it one.
+    """
+    if one.hooks.merges_bias:
+        zeros = torch.zeros(rows, dtype=torch.float64)
+        if one.hooks.merge_bias(one.config, widened(one.params, torch.float64, zeros.device), zeros).count_nonzero():
+            raise MergeError(f"{name}: {one.hooks.method.name} adds to its bias and it has none, so there is nothing to merge into")
+
+
 def tolerance(written: torch.dtype, result: Tensor, original: Tensor) -> Tensor:
     """How far from `result`, in float64, each entry of a merge may be: one unit of `written`, and what float64 itself loses."""
     smallest = torch.finfo(written).smallest_normal

@@ -36,7 +36,7 @@ class DoraPeft(tg.LowRankPeft):
         return super().from_config({**peft, "use_dora": False}, site)
 
     def shapes(self, site: tg.Site, config: tg.LowRankConfig) -> dict[str, tuple[int, ...]]:
-        kernel = len(site.shape) - 2
+        kernel = site.kind.dimensions
         magnitude = (1, site.out_features, *(1,) * kernel) if kernel else (site.out_features,)
         return {**super().shapes(site, config), "lora_magnitude_vector": magnitude}
 

@@ -31,6 +31,8 @@ def rows(case: Case) -> None:
     _same_by_rows(hooks.merge(hooks.weight, slice(0, len(merged))), lambda rows: merged[rows], blocks, "adapter_merge", hint)
     for name, tensor in needed.items():
         _same_by_rows(tensor, lambda rows, key=name: hooks.undo(hooks.weight[rows], rows)[key], blocks, f"adapter_undo's {name}", hint)  # type: ignore[misc]
+    if case.hooks.method.additive:
+        return
     back = hooks.unmerge(merged, slice(None), needed)
     _same_by_rows(back, lambda rows: hooks.unmerge(merged[rows], rows, needed), blocks, "adapter_unmerge", hint)
 
@@ -58,7 +60,7 @@ def pure(case: Case) -> None:
         results["adapter_unmerge"] = hooks.unmerge(merged, slice(None), hooks.undo(weight, slice(None)))
         require(merged.equal(kept), "adapter_unmerge changed `weight` in place; return a new tensor")
     require(weight.equal(hooks.weight), "adapter_merge changed `weight` in place; return a new tensor")
-    if case.hooks.merges_bias:
+    if case.hooks.merges_bias and case.site(case.base()).has_bias:
         bias = torch.randn(len(weight), dtype=weight.dtype)
         kept, results["adapter_merge_bias"] = bias.clone(), hooks.merge_bias(bias)[:, None].expand_as(weight)
         require(bias.equal(kept), "adapter_merge_bias changed `bias` in place; return a new tensor")
@@ -80,6 +82,10 @@ def additive(case: Case) -> None:
     change = hooks.merge(torch.zeros_like(hooks.weight), slice(None))
     hint = "a method whose change depends on the weight is not additive: leave Method.additive out"
     close(hooks.merge(hooks.weight, slice(None)), hooks.weight + change, EPS, "the merged weight, against W + merge(0)", hint)
+    if case.hooks.merges_bias and case.site(case.base()).has_bias:
+        bias = torch.randn(len(hooks.weight), dtype=torch.float64)
+        expected = bias + hooks.merge_bias(torch.zeros_like(bias))
+        close(hooks.merge_bias(bias), expected, EPS, "the merged bias, against b + merge_bias(0)", hint)
 
 
 @check()

@@ -22,6 +22,7 @@ from torchgraft.kinds import Kind, kind_of
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.planning import plan, site_of
+from torchgraft.selection import near
 from torchgraft.site import Site
 from torchgraft.testing.compare import SkippedError
 
@@ -148,7 +149,10 @@ class Subject:
     @cached_property
     def missing(self) -> dict[str, str]:
         """Kind → why nothing is tried on it."""
-        return {kind.name: reason for kind, found, reason in self._tried if not found}
+        claimed = registry().method(self.name).kinds or frozenset()
+        known = {kind.name for kind in registry().kinds()}
+        unknown = {name: f"there is no such kind{near(name, known)}" for name in sorted(claimed - known)}
+        return {kind.name: reason for kind, found, reason in self._tried if not found} | unknown
 
     @cached_property
     def _tried(self) -> list[tuple[Kind, list[tuple[nn.Module, Tensor]], str]]:
@@ -164,6 +168,8 @@ def _examples(kind: Kind) -> tuple[list[tuple[nn.Module, Tensor]], str]:
         found = kind.examples()
     except ImportError as error:
         return [], f"its class is not installed ({error})"
+    except Exception as error:  # noqa: BLE001  (another plugin's kind; what is checked here is not that)
+        return [], f"its examples() failed: {type(error).__name__}: {error}"
     # A subclass of a built-in kind has that one's examples until it gives its own.
     own = [(module, x) for module, x in found if kind_of(module, registry().kinds())[0] is kind]
     return own, "" if own else "it gives no example layers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ def batch(case: Case) -> None:
 
 @check()
 def modes(case: Case) -> None:
-    """In eval the output is the same each time, and the same under no_grad and inference_mode."""
-    model, _ = case.adapted()
+    """In eval the output is the same each time, and the same under no_grad and inference_mode; it follows the frozen weight."""
+    model, adapter = case.adapted()
     expected = model(case.x).detach()
     same_bits(model(case.x).detach(), expected, "the output of a second forward in eval", f"{FORWARD}: something in it changes")
     with torch.no_grad():
@@ -78,6 +79,13 @@ def modes(case: Case) -> None:
     with torch.inference_mode():
         close(model(case.x), expected, case.eps, "the output under inference_mode", FORWARD)
     same_bits(model(case.x).detach(), expected, "the output after forwards under no_grad and inference_mode", FORWARD)
+    weight: Tensor = part_of(adapter).site.module.weight  # type: ignore[union-attr, assignment]
+    if weight.is_floating_point():
+        with torch.no_grad():
+            model(case.x)
+            weight.mul_(1.5)
+            hint = "name all that it depends on, as site.weight_tensors(), in site.cached"
+            close(model(case.x), deepcopy(model)(case.x), case.eps, "the output after the frozen weight was changed", hint)
 
 
 @check()
@@ -136,7 +144,7 @@ def compile_(case: Case) -> None:
     hint = f"{FORWARD}: no data-dependent Python, no print, no .item(); or set Method(compiles=False)"
     expected = model(case.x)
     backward(expected)
-    gradients = [parameter.grad.clone() for parameter in adapter.parameters() if parameter.grad is not None]
+    gradients = [(parameter, parameter.grad.clone()) for parameter in adapter.parameters() if parameter.grad is not None]
     model.zero_grad()
     torch.compiler.reset()
     try:
@@ -148,6 +156,6 @@ def compile_(case: Case) -> None:
         torch.compiler.reset()
     close(found, expected, case.eps, "the compiled layer's output", hint)
     backward(found)
-    for parameter, gradient in zip(adapter.parameters(), gradients, strict=True):
-        assert parameter.grad is not None
+    for parameter, gradient in gradients:
+        assert parameter.grad is not None, f"a parameter gets no gradient through the compiled layer; {hint}"
         close(parameter.grad, gradient, case.eps, "a gradient through the compiled layer", hint)

@@ -60,6 +60,7 @@ class Report:
     def _lines(self) -> Iterator[str]:
         for outcome in ("failed", "skipped"):
             yield from (f"{outcome}  {result.name}: {result.reason}" for result in self.checks if result.outcome == outcome)
+        yield from (f"in part  {one.name}: {one.reason}" for one in self.checks if one.outcome == "passed" and "; without" in one.reason)
         yield from (f"note  {note}" for note in self.notes)
 
     def _count(self, outcome: Outcome) -> int:

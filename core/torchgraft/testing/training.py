@@ -100,6 +100,18 @@ def base_untouched(case: Case) -> None:
 
 
 @check(layers="dense", first=True)
+def param_groups(case: Case) -> None:
+    """The groups for an optimizer have every parameter once, and their rates follow `lr`. adapter_param_groups claims it."""
+    claimed(case.hooks.has("adapter_param_groups"), "adapter_param_groups")
+    _, adapter = case.adapted()
+    single, double = (adapter.param_groups(lr=lr, weight_decay=0.1) for lr in (0.125, 0.25))
+    for once, twice in zip(single, double, strict=True):
+        found = (once.get("lr"), twice.get("lr"))
+        hint = "every group says its lr, which is the one that is asked for or in proportion to it; look at adapter_param_groups"
+        require(None not in found and found[1] == 2 * found[0], f"with lr = 0.125 and 0.25 a group has {found[0]} and {found[1]}; {hint}")  # type: ignore[operator]
+
+
+@check(layers="dense", first=True)
 def steps(case: Case) -> None:
     """With adapter_penalty and adapter_step, a run of training stays finite, and what came of it merges."""
     hooks = [name for name in ("adapter_step", "adapter_penalty") if case.hooks.has(name)]

@@ -56,6 +56,9 @@ class HeadwiseKind(tg.Kind):
     def broadcast(self, module: nn.Module, vector: Tensor) -> Tensor:
         return vector.view(self._heads(module))
 
+    def examples(self) -> list[tuple[nn.Module, Tensor]]:
+        return [(HeadwiseLinear(6, 3, 4), torch.randn(5, 6)), (HeadwiseLinear(12, 3, 4), torch.randn(2, 5, 12))]
+
     def _heads(self, module: Any) -> tuple[int, ...]:
         return tuple(module.weight.shape[:2])
 

@@ -8,8 +8,17 @@ from torchgraft_headwise import HeadwiseLinear
 
 import torchgraft as tg
 
+METHODS = ["lora", "loraplus", "adalora", "dora"]
 
-@pytest.mark.parametrize("method", ["lora", "loraplus", "adalora", "dora"])
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kit_passes_with_it(method: str) -> None:
+    """`HeadwiseKind.examples` are among the layers that it tries."""
+    report = tg.testing.check_plugin(method, only=["merge", "unmerge", "files", "save_load", "compile", "zero_rows"])
+    assert (report.passed, report.notes) == (6, ())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_method_works_on_it(method: str) -> None:
     torch.manual_seed(0)
     layer, x = HeadwiseLinear(6, heads=3, size=4), torch.randn(5, 6)
