@@ -67,7 +67,8 @@ def adapter_merge(config: Any, params: Mapping[str, Tensor], weight: Tensor, row
     """The weight that gives the adapted layer's output by itself. Called by merge, without gradients.
 
     `weight` holds the canonical rows `rows` of the frozen weight, in float32 or float64; params come in the same dtype, and
-    whole. A hook that leaves out `rows` is given the whole weight. Returns a new tensor, in that dtype.
+    whole. A hook that leaves out `rows` is given the whole weight. Returns a new tensor, in that dtype and shape. On files it is
+    called by several threads at once.
     """
 
 
@@ -91,11 +92,12 @@ def adapter_unmerge(config: Any, params: Mapping[str, Tensor], weight: Tensor, r
 
 @hookspec(firstresult=True)
 def adapter_merge_bias(config: Any, params: Mapping[str, Tensor], bias: Tensor) -> Tensor:  # type: ignore[empty-body]
-    """The bias of the adapted layer, from `bias` (out_features,). Called by merge for layers that have one, without gradients.
+    """The bias of the adapted layer, from `bias` (out_features,). Called by merge, in float64, and where another adapter lies above.
 
-    Optional: without it, a merge leaves the bias as it is. Params and `bias` come in float64; do not change
-    `bias` in place. There is no inverse to write, for unmerge gives back the original. In training, an adapter above this one
-    asks for it, too.
+    Optional: without it a bias stays as it is. Returns a new tensor, or `bias` itself, and does not write to it. There is no
+    inverse to write: unmerge gives back the original. Of an additive method, what it makes of zeros is added. It must leave
+    zeros alone for a layer that has no bias (`site.has_bias`), else merge refuses; `Config.advise` can refuse such a layer before.
+    For an adapter above, which asks for `site.bias`, it is called in forward: in the layer's dtype, with gradients.
     """
 
 
@@ -109,7 +111,7 @@ def adapter_to_lora(site: Site, config: Any, params: Mapping[str, Tensor]) -> tu
 
 @hookspec(firstresult=True)
 def adapter_prepare(site: Site, config: Any) -> nn.Module | None:
-    """A layer to take the place of the site's own, before `adapter_init`: one with a quantised weight. Optional.
+    """A layer to take the place of the site's own, before its tensors are made or loaded: one with a quantised weight. Optional.
 
     The site's module gets its class and contents, and stays the same object. None leaves the layer as it is.
     """
