@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import io
+import pickle
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 
 import torchgraft as tg
 from models import perturb_
-from thirdparty import EXAMPLES, NAMES, registered
+from thirdparty import EXAMPLES, NAMES, bitfit, registered
 
 OPTIONS: dict[str, dict[str, object]] = {"loha": {"rank": 3, "alpha": 2.0}, "oft": {"blocks": 2}, "vera": {"rank": 5}}
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -43,7 +45,8 @@ def _adapted(method: str, weight: Tensor, bias: Tensor | None, params: Mapping[s
     if method == "loha":
         return weight + 2 / 3 * (p["B1"] @ p["A1"]) * (p["B2"] @ p["A2"]), bias
     if method == "vera":
-        return weight + torch.diag(p["b"]) @ p["B"] @ torch.diag(p["d"]) @ p["A"], bias
+        a, b = p["A"][:, : weight.shape[1]], p["B"][: len(weight)]
+        return weight + torch.diag(p["b"]) @ b @ torch.diag(p["d"]) @ a, bias
     blocks = []
     for q in p["Q"]:
         skew, one = q.triu(1) - q.triu(1).T, torch.eye(len(q), dtype=torch.float64)
@@ -78,7 +81,7 @@ def test_a_method_is_its_papers_formula(method: str, layer: str) -> None:
     adapter = tg.apply(model, method, ["0"], **OPTIONS.get(method, {}))
     torch.testing.assert_close(model(x), _output(module, *_canonical(layer, before), x).float())
     perturb_(adapter.parameters())
-    weight, bias = _adapted(method, *_canonical(layer, before), adapter.parts["0"].tensors())
+    weight, bias = _adapted(method, *_canonical(layer, before), adapter.parts["0"].params())
     expected = _output(module, weight, bias, x)
     assert (expected - _output(module, *_canonical(layer, before), x)).abs().max() > 0.01
     torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
@@ -112,7 +115,7 @@ def test_files_are_merged_and_given_back(method: str, dtype: torch.dtype, tmp_pa
     tg.merge_checkpoint(tmp_path / "model", tmp_path / "adapter", tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     for name, part in adapter.parts.items():
-        expected = _adapted(method, before[f"{name}.weight"].double(), before[f"{name}.bias"].double(), part.tensors())
+        expected = _adapted(method, before[f"{name}.weight"].double(), before[f"{name}.bias"].double(), part.params())
         for key, tensor in zip(("weight", "bias"), expected, strict=True):
             bound = torch.finfo(dtype).eps
             torch.testing.assert_close(merged[f"{name}.{key}"].double(), tensor, rtol=bound, atol=bound / 100)
@@ -121,15 +124,47 @@ def test_files_are_merged_and_given_back(method: str, dtype: torch.dtype, tmp_pa
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
 
 
-def test_vera_shares_its_random_matrices_between_layers() -> None:
+def test_vera_has_one_pair_of_random_matrices_and_saves_none(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(6, 10), "b": nn.Linear(8, 4), "c": nn.Linear(6, 10)})
+    base = deepcopy(model)
     adapter = tg.apply(model, "vera", ["*"], rank=5, projection_seed=3)
-    a, b, c = (part.tensors() for part in adapter.parts.values())
-    assert torch.equal(a["A"], c["A"])
-    assert torch.equal(a["A"], b["A"][:, :6])
-    assert torch.equal(b["B"], a["B"][:4])
-    assert not torch.equal(a["A"], tg.apply(model, "vera", ["a"], name="other", rank=5).parts["a"].tensors()["A"])
+    perturb_(adapter.parameters())
     assert {name.rpartition(".")[2] for name, _ in adapter.named_parameters()} == {"b", "d"}
+    assert not [key for key in model.state_dict() if key.endswith((".A", ".B"))]
+    for copy in (model, deepcopy(model), pickle.loads(pickle.dumps(model)), deepcopy(model).double(), deepcopy(model).to("meta")):
+        a, b, c = (part.params() for part in tg.adapters(copy)["default"].parts.values())
+        assert a["A"] is b["A"] is c["A"]
+        assert (a["A"].shape, a["B"].shape, a["A"].dtype) == ((5, 8), (10, 5), a["d"].dtype)
+    adapter.save(tmp_path)
+    assert set(load_file(tmp_path / "torchgraft.safetensors")) == {f"{name}.{key}" for name in "abc" for key in "bd"}
+    tg.load(base, tmp_path)
+    for name, x in {"a": torch.randn(3, 6), "b": torch.randn(3, 8)}.items():
+        torch.testing.assert_close(base[name](x), model[name](x), rtol=0, atol=0)
+    mine, its = (tg.apply(deepcopy(model), "vera", ["a"], name="other", rank=5, projection_seed=seed).parts["a"] for seed in (3, 4))
+    assert not torch.equal(mine.params()["A"], its.params()["A"])
+
+
+def test_a_name_of_its_own_and_a_shared_one_are_not_the_same() -> None:
+    class Twice:
+        """bitfit, with its only tensor made a second time."""
+
+        adapter_init, adapter_forward = staticmethod(bitfit.adapter_init), staticmethod(bitfit.adapter_forward)
+        adapter_merge, adapter_unmerge = staticmethod(bitfit.adapter_merge), staticmethod(bitfit.adapter_unmerge)
+
+        @tg.hookimpl
+        def adapter_method(self) -> tg.Method:
+            return tg.Method("twice", tg.Config, "", "")
+
+        @tg.hookimpl
+        def adapter_shared(self) -> dict[str, Tensor]:
+            return {"delta": torch.zeros(3)}
+
+    tg.registry().register(Twice(), "twice")
+    try:
+        with pytest.raises(tg.PluginError, match="0: twice makes delta by adapter_init and by adapter_shared"):
+            tg.apply(nn.Sequential(nn.Linear(6, 4)), "twice", ["0"])
+    finally:
+        tg.registry().unregister("twice")
 
 
 @pytest.mark.parametrize("method", NAMES)

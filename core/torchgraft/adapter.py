@@ -122,7 +122,7 @@ class Adapter:
 
     def penalty(self) -> Tensor:
         """The sum of the method's terms for the loss; 0 where it has none."""
-        terms = [part.hooks.penalty(part.site, part.config, part.tensors()) for part in self.parts.values()]
+        terms = [part.hooks.penalty(part.site, part.config, part.params()) for part in self.parts.values()]
         return sum((term for term in terms if term is not None), start=torch.zeros(()))
 
     def step(self, optimizer: Optimizer, step: int, metrics: Mapping[str, float] | None = None) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchgraft.adapter import Adapter
 from torchgraft.adapter_files import read_adapter
-from torchgraft.adapter_tensors import read_tensors, site_tensors
+from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.attaching import attach
 from torchgraft.bases import Pairing, base_of_module
 from torchgraft.other_weights import warn_of_other_weights
@@ -30,19 +30,19 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
     files = read_adapter(directory)
     pairing = pair(files, base).demand(base)
     state = files.read_state()
-    tensors = read_tensors(pairing)
+    tensors = AdapterTensors(pairing)
     sites = {paired.site.name: paired for paired in pairing.sites}
     layers = tuple(base.layers[site] for site in sites)
     chosen = Plan(tuple(dict.fromkeys(base.layers.values())), layers, {}, pairing.also_train)
     configs = {site: paired.config for site, paired in sites.items()}
 
     def make(site: Site) -> dict[str, Tensor]:
-        return site_tensors(pairing, sites[site.name], tensors)
+        return tensors.of_site(sites[site.name])
 
     adapter = attach(Adapter(model, name, pairing.method.name, pairing.config, chosen), configs, make)
     adapter.state.update(state)
     warn_of_other_weights(pairing, adapter.sites)
-    _fill_copies(adapter, pairing, tensors)
+    _fill_copies(adapter, pairing, tensors.by_name)
     return adapter
 
 

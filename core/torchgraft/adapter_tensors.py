@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torchgraft.bases import PairedSite, Pairing
 from torchgraft.errors import PairingError
+from torchgraft.manager import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,9 +38,29 @@ def not_finite(pairing: Pairing, read: Callable[[str], Tensor]) -> list[str]:
     ]
 
 
-def site_tensors(pairing: Pairing, paired: PairedSite, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One site's tensors as the method names them."""
-    found = {suffix: tensors[name] for suffix, name in paired.tensors.items()}
-    if pairing.files.peft and pairing.method.peft is not None:
-        return pairing.method.peft.from_tensors(paired.site, paired.config, found, pairing.config)
-    return found
+class AdapterTensors:
+    """Those of an adapter's file.
+
+    Raises:
+        PairingError: one of them is not finite.
+    """
+
+    def __init__(self, pairing: Pairing) -> None:
+        self.by_name = read_tensors(pairing)
+        self._pairing = pairing
+        self._shared: dict[str, Tensor] | None = None
+
+    def of_site(self, paired: PairedSite) -> dict[str, Tensor]:
+        """One site's tensors as the method names them."""
+        pairing = self._pairing
+        found = {suffix: self.by_name[name] for suffix, name in paired.tensors.items()}
+        if pairing.files.peft and pairing.method.peft is not None:
+            return pairing.method.peft.from_tensors(paired.site, paired.config, found, pairing.config)
+        return found
+
+    def params(self, paired: PairedSite) -> dict[str, Tensor]:
+        """The same, and those that the adapter's sites share: what the hooks are given."""
+        if self._shared is None:
+            hooks = registry().hooks(self._pairing.method.name)
+            self._shared = hooks.shared([one.site for one in self._pairing.sites], self._pairing.config)
+        return {**self.of_site(paired), **self._shared}

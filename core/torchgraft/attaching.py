@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchgraft import bnb_kinds, fused, graft
 from torchgraft.adapter import Adapter, adapters, attached_to
 from torchgraft.config import Config, parse_config
-from torchgraft.errors import AttachError
-from torchgraft.graft import Form, SitePart, TrainedCopy
+from torchgraft.errors import AttachError, PluginError
+from torchgraft.graft import Form, Shared, SitePart, TrainedCopy
 from torchgraft.kinds import kind_of
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
@@ -83,6 +83,7 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         adapter.parts[layer.name], form = _site_part(adapter, layer, configs[layer.name], make)
         if form is not None:
             forms[layer.name] = form
+    _share(adapter)
     for trained in _runnable(model, base.trained):
         module = model.get_submodule(trained)
         graft.check_can_attach(name, trained, module)
@@ -105,6 +106,26 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
     attached.adapters[name] = adapter
     adapter.watch()
     return adapter
+
+
+def _share(adapter: Adapter) -> None:
+    """Give the adapter's parts the tensors that they share, on each device once."""
+    if not adapter.parts or not (tensors := _shared(adapter)):
+        return
+    devices: dict[torch.device, Shared] = {}
+    for name, part in adapter.parts.items():
+        if both := sorted(tensors.keys() & part.tensors().keys()):
+            raise PluginError(f"{name}: {adapter.method} makes {', '.join(both)} by adapter_init and by adapter_shared")
+        device: torch.device = part.site.module.weight.device  # type: ignore[union-attr, assignment]
+        if device not in devices:
+            devices[device] = Shared({key: tensor.to(device) for key, tensor in tensors.items()})
+        part.shared = devices[device]
+
+
+def _shared(adapter: Adapter) -> dict[str, Tensor]:
+    sites = adapter.sites
+    with torch.device(_home(sites[0])):
+        return adapter.hooks.shared(sites, adapter.config)
 
 
 def _check_clashes(adapter: Adapter) -> None:

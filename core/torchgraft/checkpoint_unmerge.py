@@ -10,7 +10,7 @@ from typing import Any
 
 from torchgraft import exact
 from torchgraft.adapter_files import read_adapter
-from torchgraft.adapter_tensors import read_tensors, site_tensors
+from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.digests import digest_range
@@ -137,7 +137,7 @@ class _Merged:
         self.checkpoint, self._root = checkpoint, checkpoint.directory / UNDO
         self._undo = UndoReader(self._root / CORRECTIONS)
         self._pairings = _pairings(checkpoint, record)
-        self._tensors = [read_tensors(pairing) for pairing in self._pairings]
+        self._tensors = [AdapterTensors(pairing) for pairing in self._pairings]
         self._sites: dict[str, list[tuple[int, PairedSite]]] = {}
         for number, pairing in enumerate(self._pairings):
             for paired in pairing.sites:
@@ -196,7 +196,7 @@ class _Merged:
             Applied(
                 self._hooks(number),
                 paired.config,
-                site_tensors(self._pairings[number], paired, self._tensors[number]),
+                self._tensors[number].params(paired),
                 float(self._record["adapters"][number]["factor"]),
             )
             for number, paired in sites

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles, read_adapter
 from torchgraft.adapter_save import Contents, SavedSite, write
-from torchgraft.adapter_tensors import read_tensors, site_tensors
+from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import module_names
@@ -72,23 +72,23 @@ def export_adapter(
     checkpoint = open_checkpoint(base) if base is not None else None
     known = base_of_checkpoint(checkpoint, kinds) if checkpoint is not None else _recorded_base(files)
     pairing = pair(files, known).demand(known)
-    tensors = read_tensors(pairing)
+    tensors = AdapterTensors(pairing)
     hooks = registry().hooks(pairing.method.name)
     errors: dict[str, float] = {}
     if to == "peft":
         method, config = pairing.method, pairing.config
         if method.peft is None:
             raise MergeError(f"{files.directory}: PEFT has no {method.name}; 'adapt merge' makes a model that every tool can load")
-        sites = [SavedSite(paired.site, paired.config, site_tensors(pairing, paired, tensors), "") for paired in pairing.sites]
+        sites = [SavedSite(paired.site, paired.config, tensors.of_site(paired), "") for paired in pairing.sites]
     else:
         nearest = Nearest(checkpoint, known.layers, rank) if checkpoint is not None and rank is not None else None
-        folded = [_folded(hooks, paired, site_tensors(pairing, paired, tensors), nearest) for paired in pairing.sites]
+        folded = [_folded(hooks, paired, tensors.params(paired), nearest) for paired in pairing.sites]
         errors = {fold.site.name: fold.error for fold in folded if fold.error is not None}
         method, (config, sites) = PLAIN, _with_one_alpha([fold for fold in folded if len(fold.factors["A"])])
     if not sites:
         raise MergeError(f"{files.directory}: every layer has rank 0, so there is nothing to write")
     names = {own: name for name, own in pairing.renamed.items()}  # it is written under the names that it came with
-    whole = {name: _whole(name, pairing, tensors) for name in (names.get(module, module) for module in pairing.also_train)}
+    whole = {name: _whole(name, pairing, tensors.by_name) for name in (names.get(module, module) for module in pairing.also_train)}
     contents = Contents(
         method=method,
         config=config,

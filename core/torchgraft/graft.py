@@ -54,13 +54,13 @@ class Stack:
     def merged(self, weight: Tensor) -> Tensor:
         for part in self._parts():
             with exactly(weight):
-                weight = part.hooks.merge(part.config, widened(part.tensors(), weight.dtype, weight.device), weight)
+                weight = part.hooks.merge(part.config, widened(part.params(), weight.dtype, weight.device), weight)
         return weight
 
     def merged_bias(self, bias: Tensor) -> Tensor:
         for part in self._parts():
             if part.hooks.merges_bias:
-                bias = part.hooks.merge_bias(part.config, part.tensors(), bias)
+                bias = part.hooks.merge_bias(part.config, part.params(), bias)
         return bias
 
     def names(self) -> list[str]:
@@ -69,15 +69,26 @@ class Stack:
         return [name for name, part in _container(self.module).items() if part in found] if found else []
 
     def tensors(self) -> list[Tensor]:
-        return [tensor for part in self._parts() for tensor in part.tensors().values()]
+        return [tensor for part in self._parts() for tensor in part.params().values()]
 
     def _parts(self) -> list[SitePart]:
         before = takewhile(lambda part: part is not self.end, parts_of(self.module))
         return [part for part in before if isinstance(part, SitePart) and part.runs]
 
 
+class Shared(nn.Module):
+    """Tensors that all sites of an adapter share: one module in all of their parts, so that they stay one when the model is moved."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor.detach(), persistent=False)
+
+
 class SitePart(Part):
     """A method's tensors for one site."""
+
+    shared: Shared | None
 
     def __init__(self, site: Site, method: str, config: Config, tensors: Mapping[str, Tensor], buffers: frozenset[str]) -> None:
         super().__init__()
@@ -90,6 +101,7 @@ class SitePart(Part):
                 self.register_buffer(name, tensor.detach())
             else:
                 self.register_parameter(name, nn.Parameter(tensor.detach()))
+        self.shared = None
         self._resolve()
 
     def _resolve(self) -> None:
@@ -97,11 +109,16 @@ class SitePart(Part):
         self._forward = self.hooks.forward
 
     def tensors(self) -> dict[str, Tensor]:
+        """The site's own."""
         return {**self._parameters, **self._buffers}  # type: ignore[dict-item]  # none is registered as None
+
+    def params(self) -> dict[str, Tensor]:
+        """What the hooks are given: the site's own tensors, and those that the adapter's sites share."""
+        return self.tensors() if self.shared is None else {**self.tensors(), **self.shared._buffers}  # type: ignore[dict-item]
 
     def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         (x,) = (*args, *kwargs.values())  # a layer of a known kind takes one input
-        return self._forward(self.site, self.config, self.tensors(), x, layer)
+        return self._forward(self.site, self.config, self.params(), x, layer)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plugins' functions may be closures, which neither pickle nor copy: they are looked up again.

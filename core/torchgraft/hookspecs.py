@@ -7,7 +7,7 @@ sees every call on adapters that are attached or loaded after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -48,6 +48,16 @@ def adapter_init(site: Site, config: Any, generator: Generator) -> dict[str, Ten
 
     All are trained, but those that the method lists as buffers. Draw random numbers from `generator` only: it is seeded
     by the user's seed and the site's name. `site.weight()` is the frozen weight, canonical and in float32.
+    """
+
+
+@hookspec(firstresult=True)
+def adapter_shared(sites: Sequence[Site], config: Any) -> dict[str, Tensor]:  # type: ignore[empty-body]
+    """Tensors that all sites of an adapter share, such as frozen random matrices. Called once for each adapter. Optional.
+
+    They are among the params that the other hooks get, each one object in memory; they are not trained, and not saved but
+    made again on load and merge. So `sites` (in any order, perhaps without a model) and the adapter's own `config` must
+    decide them: take a seed from an option, one of `Config.adapter_wide`.
     """
 
 

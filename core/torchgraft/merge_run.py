@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from torchgraft import dtypes
-from torchgraft.adapter_tensors import read_tensors, site_tensors
+from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import PairedSite
 from torchgraft.bias_merge import BiasMerge
 from torchgraft.digests import digest_range
@@ -37,7 +37,7 @@ class MergeRun:
 
     def __init__(self, plan: MergePlan, digests: Mapping[str, str]) -> None:
         self.plan, self._digests = plan, digests
-        self._tensors = [read_tensors(one.pairing) for one in plan.ingredients]
+        self._tensors = [AdapterTensors(one.pairing) for one in plan.ingredients]
         for number, one in enumerate(plan.ingredients):
             for paired in one.pairing.sites if one.hooks.merges_bias else ():
                 if not paired.site.has_bias:
@@ -64,13 +64,13 @@ class MergeRun:
         applied = [self._applied(number, paired) for number, paired in change.sites]
         if change.is_bias:
             return BiasMerge(placed.name, source.dtype, written, applied)
-        trained = None if change.replaced is None else self._tensors[change.replaced[0]][change.replaced[1]]
+        trained = None if change.replaced is None else self._tensors[change.replaced[0]].by_name[change.replaced[1]]
         start = _start(change.quantization, source)
         return TensorMerge(placed.name, placed.shape, source.dtype, written, change.kind, applied, trained=trained, start=start)
 
     def _applied(self, number: int, paired: PairedSite) -> Applied:
         one = self.plan.ingredients[number]
-        return Applied(one.hooks, paired.config, site_tensors(one.pairing, paired, self._tensors[number]), one.factor)
+        return Applied(one.hooks, paired.config, self._tensors[number].params(paired), one.factor)
 
     def _write(self, directory: Path, file: OutputFile, placed: Placed, workers: Workers, undo: UndoWriter | None) -> str:
         """Returns the digest of the base's tensor."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -64,6 +64,11 @@ class MethodHooks:
                     f"{self.method.name}: adapter_init made {name} of {tensor.dtype}, which cannot be trained: list it in Method.buffers"
                 )
         return tensors
+
+    def shared(self, sites: Sequence[Site], config: Any) -> dict[str, Tensor]:
+        """Empty if the method has none."""
+        tensors: dict[str, Tensor] | None = self._caller("adapter_shared")(sites=sites, config=config)
+        return tensors or {}
 
     @cached_property
     def forward(self) -> Forward:

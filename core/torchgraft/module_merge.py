@@ -123,12 +123,12 @@ def _merge_part(name: str, module: nn.Module, part: Part) -> None:
 
 
 def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
-    kind, params, original = part.site.kind, part.tensors(), part.site.stored_weight()
-    applied, needed = Applied(part.hooks, part.config, params), dict[str, Tensor]()
+    kind, original = part.site.kind, part.site.stored_weight()
+    applied, needed = Applied(part.hooks, part.config, part.params()), dict[str, Tensor]()
     merged = merge_tensor(name, kind, applied, original, needed)
     bias = _merged_bias(name, applied, module, part.site.out_features)
     undo = Undo(
-        snapshot=_snapshot(params),
+        snapshot=_snapshot(part.tensors()),
         merged={"weight": digest(merged), **{key: digest(tensor) for key, tensor in bias.items()}},
         originals=_snapshot({key: module._parameters[key] for key in bias}),  # type: ignore[misc]
         depth=_merges_on(module),
@@ -178,7 +178,7 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
     elif isinstance(part, SitePart):
         weight: Tensor = module.weight  # type: ignore[assignment]
         assert undo.correction is not None
-        applied = Applied(part.hooks, part.config, undo.snapshot)
+        applied = Applied(part.hooks, part.config, {**part.params(), **undo.snapshot})
         nearly = unmerge_tensor(part.site.kind, applied, weight.detach(), dict(undo.needed))
         _write(own_state(module), {"weight": restore(nearly, undo.correction, undo.original, name), **undo.originals})
     else:

@@ -2,13 +2,13 @@
 
     h = W₀·x + b ⊙ (B·(d ⊙ (A·x)))        A (r, in), B (out, r) frozen; d (r,) trained from 0.1, b (out,) from 0
 
-All layers share one pair of random matrices, of which each takes the rows and columns that it needs: they depend on the
-adapter's `projection_seed` alone, so a site's own generator is not used.
+All layers share one pair of random matrices, of which each takes the rows and columns that it needs. They are not saved: an
+adapter's file has r + out numbers for each layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -20,7 +20,7 @@ from torchgraft import hookimpl
 
 
 class VeraConfig(tg.Config):
-    adapter_wide: ClassVar[frozenset[str]] = frozenset({"projection_seed"})
+    adapter_wide: ClassVar[frozenset[str]] = frozenset({"rank", "projection_seed"})
 
     rank: int = Field(16, ge=1, description="r, of the random matrices")
     projection_seed: int = Field(0, description="of the random matrices, the same for all layers")
@@ -29,58 +29,55 @@ class VeraConfig(tg.Config):
 @hookimpl
 def adapter_method() -> tg.Method:
     return tg.Method(
-        "vera",
-        VeraConfig,
-        "trains the scales of two frozen random matrices",
-        "https://arxiv.org/abs/2310.11454",
-        buffers=frozenset({"A", "B"}),
-        additive=True,
+        "vera", VeraConfig, "trains the scales of two frozen random matrices", "https://arxiv.org/abs/2310.11454", additive=True
     )
+
+
+@hookimpl
+def adapter_shared(sites: Sequence[tg.Site], config: VeraConfig) -> dict[str, Tensor]:
+    """A (r, largest in) and B (largest out, r)."""
+    bound, generator = config.rank**-0.5, torch.Generator().manual_seed(config.projection_seed)
+    a = torch.empty(config.rank, max(site.in_features for site in sites)).uniform_(-bound, bound, generator=generator)
+    b = torch.empty(max(site.out_features for site in sites), config.rank).uniform_(-bound, bound, generator=generator)
+    return {"A": a, "B": b}
 
 
 @hookimpl
 def adapter_shapes(site: tg.Site, config: VeraConfig) -> dict[str, tuple[int, ...]]:
-    rank = config.rank
-    return {"A": (rank, site.in_features), "B": (site.out_features, rank), "d": (rank,), "b": (site.out_features,)}
+    return {"d": (config.rank,), "b": (site.out_features,)}
 
 
 @hookimpl
 def adapter_init(site: tg.Site, config: VeraConfig) -> dict[str, Tensor]:
-    """Drawn column by column of A and row by row of B: a larger layer's begin with a smaller one's."""
-    bound = config.rank**-0.5
-    generators = [torch.Generator().manual_seed(2 * config.projection_seed + number) for number in range(2)]
-    columns, b = (
-        torch.empty(size, config.rank).uniform_(-bound, bound, generator=generator)
-        for size, generator in zip((site.in_features, site.out_features), generators, strict=True)
-    )
-    return {"A": columns.t().contiguous(), "B": b, "d": torch.full((config.rank,), 0.1), "b": torch.zeros(site.out_features)}
+    return {"d": torch.full((config.rank,), 0.1), "b": torch.zeros(site.out_features)}
 
 
 @hookimpl
 def adapter_forward(site: tg.Site, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
     h = base(x)
-    a, b = _factors(params, slice(None))
+    a, b = _factors(params, slice(None), site.in_features)
     return h + site.project_out(site.project_in(x, a), b).to(h.dtype)
 
 
 @hookimpl
 def adapter_merge(params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
-    a, b = _factors(params, rows)
+    a, b = _factors(params, rows, weight.shape[1])
     return weight.addmm(b, a)
 
 
 @hookimpl
 def adapter_unmerge(params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
-    a, b = _factors(params, rows)
+    a, b = _factors(params, rows, weight.shape[1])
     return weight.addmm(b, a, alpha=-1)
 
 
 @hookimpl
-def adapter_to_lora(params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    a, b = _factors(params, slice(None))
+def adapter_to_lora(site: tg.Site, params: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    a, b = _factors(params, slice(None), site.in_features)
     return 1.0, {"A": a, "B": b}
 
 
-def _factors(params: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-    """diag(d)·A (r, in), and diag(b)·B (out, r) of the rows `rows`."""
-    return params["d"][:, None] * params["A"], params["b"][rows, None] * params["B"][rows]
+def _factors(params: Mapping[str, Tensor], rows: slice, width: int) -> tuple[Tensor, Tensor]:
+    """diag(d)·A (r, width), and diag(b)·B (out, r) of the rows `rows`."""
+    b = params["b"]
+    return params["d"][:, None] * params["A"][:, :width], b[rows, None] * params["B"][: len(b)][rows]

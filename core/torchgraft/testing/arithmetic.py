@@ -94,7 +94,7 @@ def to_lora(case: Case) -> None:
     claimed(case.hooks.has("adapter_to_lora"), "adapter_to_lora")
     _, adapter = case.adapted()
     hooks, part = MergeHooks(adapter), part_of(adapter)
-    scale, factors = case.hooks.to_lora(part.site, part.config, part.tensors())
+    scale, factors = case.hooks.to_lora(part.site, part.config, part.params())
     require(set(factors) == {"A", "B"}, f"adapter_to_lora returned {sorted(factors)}, not A and B")
     a, b = (factors[key].detach().double() for key in "AB")
     out, width = hooks.weight.shape
@@ -124,7 +124,7 @@ class MergeHooks:
     def __init__(self, adapter: Adapter) -> None:
         part = part_of(adapter)
         self.weight = part.site.weight().to(torch.float64, copy=True)
-        self.params = widened(part.tensors(), torch.float64)
+        self.params = widened(part.params(), torch.float64)
         self._hooks, self._config = part.hooks, part.config
 
     def merge(self, weight: Tensor, rows: slice) -> Tensor:

@@ -50,7 +50,7 @@ def input_untouched(case: Case) -> None:
     for enabled in (False, True):
         x = case.x
         with torch.set_grad_enabled(enabled):
-            part.hooks.forward(part.site, part.config, part.tensors(), x, base)
+            part.hooks.forward(part.site, part.config, part.params(), x, base)
         same_bits(x, case.x, "the input x after the forward", f"{FORWARD}: it writes to x")
         for output, before in seen:
             same_bits(output, before, "base(x) after the forward", f"{FORWARD}: it writes to what base returned; make a new tensor")
