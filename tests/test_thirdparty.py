@@ -149,7 +149,7 @@ def test_a_name_of_its_own_and_a_shared_one_are_not_the_same() -> None:
         """bitfit, with its only tensor made a second time."""
 
         adapter_init, adapter_forward = staticmethod(bitfit.adapter_init), staticmethod(bitfit.adapter_forward)
-        adapter_merge, adapter_unmerge = staticmethod(bitfit.adapter_merge), staticmethod(bitfit.adapter_unmerge)
+        adapter_merge_bias = staticmethod(bitfit.adapter_merge_bias)
 
         @tg.hookimpl
         def adapter_method(self) -> tg.Method:

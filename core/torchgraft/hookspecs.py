@@ -162,4 +162,4 @@ def register_commands(commands: click.Group) -> None:
 
 
 METHOD_HOOKS = ("adapter_init", "adapter_forward", "adapter_merge", "adapter_unmerge")
-"""What a plugin that has a method must provide."""
+"""What a plugin that has a method must provide; the last two not if it has adapter_merge_bias and leaves weights alone."""

@@ -315,8 +315,13 @@ def _observe(function: Callable[..., Any], where: str, *arguments: Any) -> None:
         raise PluginError(f"{where} returned something, which would take the place of the method's; to change it, use wrapper=True")
 
 
+def _only_bias(own: Mapping[str, pluggy.HookImpl]) -> bool:
+    return "adapter_merge_bias" in own and "adapter_merge" not in own and "adapter_unmerge" not in own
+
+
 def _method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
-    missing = [name for name in hookspecs.METHOD_HOOKS if name not in own]
+    needed = hookspecs.METHOD_HOOKS[:2] if _only_bias(own) else hookspecs.METHOD_HOOKS
+    missing = [name for name in needed if name not in own]
     if missing:
         raise PluginError(f"it has an adapter_method but not {', '.join(missing)}")
     method = own["adapter_method"].function()

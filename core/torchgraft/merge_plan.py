@@ -170,7 +170,8 @@ def _changes(ingredients: Sequence[Ingredient], notes: list[str]) -> dict[str, C
     changes: dict[str, Change] = {}
     for number, ingredient in enumerate(ingredients):
         for paired in ingredient.pairing.sites:
-            changes.setdefault(f"{paired.site.name}.weight", Change()).sites.append((number, paired))
+            if ingredient.hooks.merges_weight:
+                changes.setdefault(f"{paired.site.name}.weight", Change()).sites.append((number, paired))
             if ingredient.hooks.merges_bias and paired.site.has_bias:
                 changes.setdefault(f"{paired.site.name}.bias", Change(is_bias=True)).sites.append((number, paired))
     for number, ingredient in enumerate(ingredients):

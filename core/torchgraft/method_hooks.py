@@ -88,10 +88,19 @@ class MethodHooks:
         names = ("adapter_merge", "adapter_unmerge", "adapter_undo")
         return all("rows" in self._own[name].argnames for name in names if name in self._own)
 
+    @property
+    def merges_weight(self) -> bool:
+        """Whether a merge changes weights, and not biases alone."""
+        return self.has("adapter_merge")
+
     def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        if not self.merges_weight:
+            return weight
         return self._alike(weight, "adapter_merge", config=config, params=params, weight=weight, rows=rows)
 
     def unmerge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
+        if not self.merges_weight:
+            return weight
         return self._alike(weight, "adapter_unmerge", config=config, params=params, weight=weight, rows=rows)
 
     def _alike(self, like: Tensor, hook: str, **arguments: Any) -> Tensor:

@@ -43,15 +43,5 @@ def adapter_forward(site: tg.Site, params: Mapping[str, Tensor], x: Tensor, base
 
 
 @hookimpl
-def adapter_merge(weight: Tensor, rows: slice) -> Tensor:
-    return weight.clone()
-
-
-@hookimpl
-def adapter_unmerge(weight: Tensor, rows: slice) -> Tensor:
-    return weight.clone()
-
-
-@hookimpl
 def adapter_merge_bias(params: Mapping[str, Tensor], bias: Tensor) -> Tensor:
     return bias + params["delta"]
