@@ -2,16 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    from torchgraft.method_hooks import MethodHooks
+from torchgraft.manager import registry
+from torchgraft.method_hooks import MethodHooks
+from torchgraft.plugin_info import PluginInfo
 
 PROVIDED = {"adapter_method": "a method", "layer_kind": "a kind of layer", "register_commands": "commands of adapt"}
 
 
-def in_words(provides: Sequence[str]) -> str:
+def listed(info: PluginInfo) -> dict[str, Any]:
+    """One entry of `adapt plugins list --json`."""
+    return {**_origin(info), "error": info.error or None, "provides": [] if info.error else list(registry().provides(info.name))}
+
+
+def said_of(info: PluginInfo) -> str:
+    """What the plugin does, or why it cannot be used and what can be done about it."""
+    if info.error:
+        return f"cannot be used: {info.error}; {info.way_out}"
+    provides = registry().provides(info.name)
+    return registry().method(info.name).summary if "adapter_method" in provides else _in_words(provides)
+
+
+def described(info: PluginInfo) -> dict[str, Any]:
+    """What `adapt plugins show --json` prints."""
+    provides = registry().provides(info.name)
+    document = {**_origin(info), "provides": list(provides)}
+    if "adapter_method" not in provides:
+        return document
+    hooks = registry().hooks(info.name)
+    method = hooks.method
+    return document | {
+        "summary": method.summary,
+        "reference": method.reference,
+        "kinds": sorted(method.kinds) if method.kinds is not None else None,
+        "capabilities": _capabilities(hooks),
+        "options": [_option(key, field) for key, field in method.config.model_json_schema().get("properties", {}).items()],
+    }
+
+
+def in_facts(document: Mapping[str, Any]) -> dict[str, str]:
+    """The same for a reader, without the options."""
+    origin = "{distribution} {version} ({entry_point})".format(**document)
+    if "capabilities" not in document:
+        return {document["name"]: _in_words(document["provides"]), "from": origin}
+    can = document["capabilities"]
+    order = "in any order, with factors" if can["additive"] else "in the order in which adapters were attached"
+    merges = [
+        order,
+        "by blocks of rows" if can["merges_rows"] else "with whole weights in memory",
+        *(["with the bias"] * can["merges_bias"]),
+    ]
+    forms = [form for form, there in (("PEFT's format", can["peft"]), ("a plain LoRA", can["to_lora"])) if there]
+    return {
+        document["name"]: document["summary"],
+        "reference": document["reference"],
+        "from": origin,
+        "works on": ", ".join(document["kinds"]) if document["kinds"] else "all kinds of layers",
+        "merges": ", ".join(merges),
+        "exports to": " and ".join(forms) or "torchgraft's own format alone",
+    }
+
+
+def _origin(info: PluginInfo) -> dict[str, str]:
+    return {key: getattr(info, key) for key in ("name", "distribution", "version", "entry_point")}
+
+
+def _in_words(provides: Sequence[str]) -> str:
     """What the hooks of a plugin come to."""
     found = [words for hook, words in PROVIDED.items() if hook in provides]
     watched = [hook for hook in provides if hook.startswith("adapter_")]
@@ -20,7 +78,7 @@ def in_words(provides: Sequence[str]) -> str:
     return ", ".join(found) or "nothing"
 
 
-def capabilities(hooks: MethodHooks) -> dict[str, bool]:
+def _capabilities(hooks: MethodHooks) -> dict[str, bool]:
     """What the method declares, or shows by its hooks."""
     method = hooks.method
     return {
@@ -29,16 +87,14 @@ def capabilities(hooks: MethodHooks) -> dict[str, bool]:
         "merges_bias": hooks.merges_bias,
         "to_lora": hooks.has("adapter_to_lora"),
         "peft": method.peft is not None,
+        "starts_unchanged": method.starts_unchanged,
+        "compiles": method.compiles,
     }
 
 
-def capabilities_in_words(hooks: MethodHooks) -> dict[str, str]:
-    can = capabilities(hooks)
-    order = "in any order, with factors" if can["additive"] else "in the order in which adapters were attached"
-    parts = [
-        order,
-        "by blocks of rows" if can["merges_rows"] else "with whole weights in memory",
-        *(["with the bias"] * can["merges_bias"]),
-    ]
-    forms = [form for form, there in (("PEFT's format", can["peft"]), ("a plain LoRA", can["to_lora"])) if there]
-    return {"merges": ", ".join(parts), "exports to": " and ".join(forms) or "torchgraft's own format alone"}
+def _option(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    schema = schema | next((form for form in schema.get("anyOf", ()) if form.get("type") != "null"), {})
+    values = ", ".join(map(str, schema["enum"])) if "enum" in schema else schema.get("type", "")
+    values += "".join(f" {sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema)
+    return {"name": name, "default": schema.get("default"), "values": values, "help": schema.get("description", "")}

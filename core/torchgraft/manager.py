@@ -6,9 +6,8 @@ distributions load (empty: none of them); `TORCHGRAFT_STRICT=1` makes a plugin t
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
@@ -16,17 +15,16 @@ from typing import Any
 
 import pluggy
 
-from torchgraft import bnb_kinds, hookspecs, torch_kinds
+from torchgraft import bnb_kinds, torch_kinds
 from torchgraft.errors import PluginError, TorchgraftWarning
 from torchgraft.kinds import Kind
 from torchgraft.method import Method
 from torchgraft.method_hooks import MethodHooks
+from torchgraft.plugin_checks import check_hooks, let_observe, method_of, new_manager, own_hooks
 from torchgraft.plugin_info import DISTRIBUTION, PluginInfo, bundled_first, check_version, info_of, is_allowed, is_strict, taken
 from torchgraft.selection import near
 
 GROUP = "torchgraft"
-GIVES = ("adapter_method", "layer_kind", "register_commands")
-"""The hooks by which a plugin gives something; by the others a method works."""
 BUILTIN_KINDS = (*bnb_kinds.KINDS, *torch_kinds.KINDS)  # the quantised linears first: they are subclasses of nn.Linear
 
 
@@ -38,7 +36,7 @@ class Registry:
     """
 
     def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
-        self._manager = _new_manager()
+        self._manager = new_manager()
         self._infos: dict[str, PluginInfo] = {}
         self._points: dict[str, EntryPoint] = {}
         self._methods: dict[str, Method] = {}
@@ -105,7 +103,7 @@ class Registry:
     def provides(self, name: str) -> tuple[str, ...]:
         """The hooks that the plugin `name` implements or wraps, sorted; none if it cannot be loaded."""
         plugin = self._manager.get_plugin(name)
-        return tuple(sorted(_own_hooks(self._manager, plugin))) if plugin is not None else ()
+        return tuple(sorted(own_hooks(self._manager, plugin))) if plugin is not None else ()
 
     def implementations(self, hook: str) -> list[tuple[PluginInfo, Callable[..., Any]]]:
         """Each plugin's own function for `hook`, to be called one by one where the one that fails is to be named.
@@ -125,7 +123,7 @@ class Registry:
         """The hooks of the method `name`, with every observer and wrapper around them."""
         method = self.method(name)
         self._load_all()
-        return MethodHooks(method, _own_hooks(self._manager, self._manager.get_plugin(name)), partial(self._caller, name))
+        return MethodHooks(method, own_hooks(self._manager, self._manager.get_plugin(name)), partial(self._caller, name))
 
     def kinds(self) -> tuple[Kind, ...]:
         """Every kind of layer: those of plugins, then the built-in ones."""
@@ -213,15 +211,15 @@ class Registry:
         return message
 
     def _add(self, plugin: object, info: PluginInfo) -> None:
-        _check_hooks(plugin, info.name)
+        check_hooks(plugin, info.name)
         self._callers.clear()
         self._manager.register(plugin, name=info.name)
-        own = _own_hooks(self._manager, plugin)
+        own = own_hooks(self._manager, plugin)
         try:
             if "adapter_method" in own:
-                self._methods[info.name] = _method_of(own, info)
+                self._methods[info.name] = method_of(own, info)
             else:
-                _let_observe(own, info)
+                let_observe(own, info)
             if "layer_kind" in own:
                 self._kinds[info.name] = self._kind_of(own["layer_kind"], info)
         except Exception:
@@ -250,86 +248,6 @@ class Registry:
 def registry() -> Registry:
     """The registry of the installed plugins, made once."""
     return Registry()
-
-
-class _Manager(pluggy.PluginManager):
-    """Calls a method's own implementation last: its result ends the call, and observers are to see every call."""
-
-    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
-        options = super().parse_hookimpl_opts(plugin, name)
-        if options is not None and hasattr(plugin, "adapter_method") and not (options["wrapper"] or options["hookwrapper"]):
-            options["trylast"] = True
-        return options
-
-
-def _new_manager() -> pluggy.PluginManager:
-    manager = _Manager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    return manager
-
-
-def _own_hooks(manager: pluggy.PluginManager, plugin: object) -> dict[str, pluggy.HookImpl]:
-    callers = manager.get_hookcallers(plugin) or []
-    return {caller.name: impl for caller in callers for impl in caller.get_hookimpls() if impl.plugin is plugin}
-
-
-def _check_hooks(plugin: object, name: str) -> None:
-    """Try the plugin on a manager of its own: pluggy leaves a plugin half registered when a signature is wrong."""
-    trial = _new_manager()
-    try:
-        hash(plugin)
-    except TypeError as error:
-        raise PluginError(f"it cannot be kept in a set ({error}); a dataclass needs eq=False") from None
-    try:
-        trial.register(plugin, name)
-        trial.check_pending()
-    except pluggy.PluginValidationError as error:
-        raise PluginError(" ".join(str(error).split()) + _takes(trial, str(error))) from None
-    for hook, impl in _own_hooks(trial, plugin).items():
-        if hook in GIVES and (impl.wrapper or impl.hookwrapper):
-            raise PluginError(f"it wraps {hook}, which gives something new and is not wrapped")
-
-
-def _takes(trial: pluggy.PluginManager, error: str) -> str:
-    """The arguments of the hook that `error` is about; of one that does not exist, near names."""
-    callers = [caller for caller in vars(trial.hook).values() if isinstance(caller, pluggy.HookCaller)]
-    known = {caller.name: caller.spec for caller in callers if caller.spec is not None}
-    quoted = re.findall(r"'(\w+)'", error)
-    for name in quoted:
-        if name in known:
-            return f"; {name} takes {', '.join(known[name].argnames) or 'no arguments'}"
-    return near(quoted[0], known) if "unknown hook" in error and quoted else ""
-
-
-def _let_observe(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> None:
-    """The hooks of a plugin without a method must return nothing, unless they wrap: the first result ends a call."""
-    for name, impl in own.items():
-        if name not in GIVES and not (impl.wrapper or impl.hookwrapper):
-            impl.function = partial(  # type: ignore[misc]
-                _observe, impl.function, f"the plugin {info}: {name}"
-            )
-
-
-def _observe(function: Callable[..., Any], where: str, *arguments: Any) -> None:
-    if function(*arguments) is not None:
-        raise PluginError(f"{where} returned something, which would take the place of the method's; to change it, use wrapper=True")
-
-
-def _only_bias(own: Mapping[str, pluggy.HookImpl]) -> bool:
-    return "adapter_merge_bias" in own and "adapter_merge" not in own and "adapter_unmerge" not in own
-
-
-def _method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
-    needed = hookspecs.METHOD_HOOKS[:2] if _only_bias(own) else hookspecs.METHOD_HOOKS
-    missing = [name for name in needed if name not in own]
-    if missing:
-        raise PluginError(f"it has an adapter_method but not {', '.join(missing)}")
-    method = own["adapter_method"].function()
-    if not isinstance(method, Method):
-        raise PluginError(f"its adapter_method returned a {type(method).__name__}, not a torchgraft.Method")
-    if method.name != info.name:
-        raise PluginError(f"its method is called {method.name!r} and its entry point {info.name!r}; they must be the same")
-    return method
 
 
 def _call(impl: pluggy.HookImpl, **arguments: Any) -> Any:

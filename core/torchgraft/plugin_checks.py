@@ -1,0 +1,103 @@
+"""pluggy's manager, and what is looked at before a plugin is let in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import pluggy
+
+from torchgraft import hookspecs
+from torchgraft.errors import PluginError
+from torchgraft.method import Method
+from torchgraft.plugin_info import PluginInfo
+from torchgraft.selection import near
+
+GIVES = ("adapter_method", "layer_kind", "register_commands")
+"""The hooks by which a plugin gives something; by the others a method works."""
+
+
+class _Manager(pluggy.PluginManager):
+    """Calls a method's own implementation last: its result ends the call, and observers are to see every call."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
+        options = super().parse_hookimpl_opts(plugin, name)
+        if options is not None and hasattr(plugin, "adapter_method") and not (options["wrapper"] or options["hookwrapper"]):
+            options["trylast"] = True
+        return options
+
+
+def new_manager() -> pluggy.PluginManager:
+    manager = _Manager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def own_hooks(manager: pluggy.PluginManager, plugin: object) -> dict[str, pluggy.HookImpl]:
+    callers = manager.get_hookcallers(plugin) or []
+    return {caller.name: impl for caller in callers for impl in caller.get_hookimpls() if impl.plugin is plugin}
+
+
+def check_hooks(plugin: object, name: str) -> None:
+    """Try the plugin on a manager of its own: pluggy leaves a plugin half registered when a signature is wrong."""
+    trial = new_manager()
+    try:
+        hash(plugin)
+    except TypeError as error:
+        raise PluginError(f"it cannot be kept in a set ({error}); a dataclass needs eq=False") from None
+    try:
+        trial.register(plugin, name)
+        trial.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(" ".join(str(error).split()) + _takes(trial, str(error))) from None
+    for hook, impl in own_hooks(trial, plugin).items():
+        if hook in GIVES and (impl.wrapper or impl.hookwrapper):
+            raise PluginError(f"it wraps {hook}, which gives something new and is not wrapped")
+
+
+def _takes(trial: pluggy.PluginManager, error: str) -> str:
+    """The arguments of the hook that `error` is about; of one that does not exist, near names."""
+    callers = [caller for caller in vars(trial.hook).values() if isinstance(caller, pluggy.HookCaller)]
+    known = {caller.name: caller.spec for caller in callers if caller.spec is not None}
+    quoted = re.findall(r"'(\w+)'", error)
+    for name in quoted:
+        if name in known:
+            return f"; {name} takes {', '.join(known[name].argnames) or 'no arguments'}"
+    return near(quoted[0], known) if "unknown hook" in error and quoted else ""
+
+
+def let_observe(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> None:
+    """The hooks of a plugin without a method must return nothing, unless they wrap: the first result ends a call."""
+    for name, impl in own.items():
+        if name not in GIVES and not (impl.wrapper or impl.hookwrapper):
+            impl.function = partial(  # type: ignore[misc]
+                _observe, impl.function, f"the plugin {info}: {name}"
+            )
+
+
+def _observe(function: Callable[..., Any], where: str, *arguments: Any) -> None:
+    if function(*arguments) is not None:
+        raise PluginError(f"{where} returned something, which would take the place of the method's; to change it, use wrapper=True")
+
+
+def _only_bias(own: Mapping[str, pluggy.HookImpl]) -> bool:
+    return "adapter_merge_bias" in own and "adapter_merge" not in own and "adapter_unmerge" not in own
+
+
+def method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
+    needed = hookspecs.METHOD_HOOKS[:2] if _only_bias(own) else hookspecs.METHOD_HOOKS
+    missing = [name for name in needed if name not in own]
+    if missing:
+        raise PluginError(f"it has an adapter_method but not {', '.join(missing)}")
+    method = own["adapter_method"].function()
+    if not isinstance(method, Method):
+        raise PluginError(f"its adapter_method returned a {type(method).__name__}, not a torchgraft.Method")
+    if method.name != info.name:
+        raise PluginError(f"its method is called {method.name!r} and its entry point {info.name!r}; they must be the same")
+    return method
+
+
+def _call(impl: pluggy.HookImpl, **arguments: Any) -> Any:
+    return impl.function(*(arguments[name] for name in impl.argnames))
