@@ -15,6 +15,7 @@ import torchgraft as tg
 from models import perturb_
 from thirdparty import bitfit, registered
 from torchgraft import module_merge
+from torchgraft.module_layers import sharing_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -237,7 +238,7 @@ def test_a_bias_that_cannot_be_written_leaves_the_weight_as_it_was() -> None:
     before = model[0].weight.detach().clone()
     adapter = tg.apply(model, "ia3", targets=["0"])
     perturb_(adapter.parameters())
-    with pytest.raises(tg.MergeError, match="0: a tensor of it was expanded"):
+    with pytest.raises(tg.MergeError, match="0: its bias was expanded"):
         adapter.merge()
     assert torch.equal(model[0].weight, before)
     assert not adapter.merged
@@ -268,7 +269,11 @@ def test_what_is_added_where_there_is_no_bias_is_not_merged(checkpoint: Path, tm
         adapter = tg.apply(model, "everywhere", targets=["o_proj"])
         perturb_(adapter.parameters())
         adapter.save(tmp_path / "adapter")
-        for merge in (adapter.merge, lambda: tg.merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged")):
+        for merge in (
+            adapter.merge,
+            lambda: tg.merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged"),
+            lambda: tg.export_adapter(tmp_path / "adapter", tmp_path / "merged", "lora", base=checkpoint, rank=2),
+        ):
             with pytest.raises(tg.MergeError, match=r"b\.o_proj: everywhere adds to its bias and it has none"):
                 merge()
         assert not (tmp_path / "merged").exists()
@@ -293,3 +298,56 @@ def test_an_input_side_ia3_leaves_the_bias_alone_and_can_be_exported(checkpoint:
     perturb_(adapter.parameters())
     adapter.save(tmp_path / "adapter")
     assert tg.export_adapter(tmp_path / "adapter", tmp_path / "lora", "lora", base=checkpoint, rank=2).sites == 1
+
+
+def test_weights_are_left_alone_where_only_biases_change() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    with torch.no_grad():
+        model["a"].weight[0, 0] = -0.0
+    model["b"].weight = model["a"].weight  # which would be refused if it were written
+    before = model["a"].weight.detach().clone().view(torch.int32)
+    adapter = tg.apply(model, "bitfit", targets=["a", "b"])
+    perturb_(adapter.parameters())
+    x = torch.randn(3, 6)
+    expected = model["a"](x)
+    adapter.merge()
+    assert torch.equal(model["a"].weight.view(torch.int32), before)
+    torch.testing.assert_close(model["a"](x), expected)
+    adapter.unmerge()
+    torch.testing.assert_close(model["a"](x), expected, rtol=0, atol=0)
+
+
+def test_a_quantized_layer_stays_so_where_only_its_bias_changes() -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(tg.quantized_linear(nn.Linear(64, 32), tg.Quantization(compute_dtype="float32"))).eval()
+    x = torch.randn(3, 64)
+    model(x)
+    adapter = tg.apply(model, "bitfit", targets=["0"])
+    perturb_(adapter.parameters())
+    expected, bias, codes = model(x), model[0].bias.detach().clone(), model[0].weight
+    adapter.merge()
+    assert model[0].weight is codes
+    torch.testing.assert_close(model(x), expected)
+    adapter.unmerge()
+    assert torch.equal(model[0].bias, bias)
+
+
+def test_a_shared_bias_that_is_left_alone_is_no_obstacle() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    model["b"].bias = model["a"].bias
+    adapter = tg.apply(model, "ia3", targets=["a"], side="input")
+    perturb_(adapter.parameters())
+    adapter.merge()
+    adapter.unmerge()
+
+
+def test_shared_biases_are_found_quickly_in_one_piece_of_memory() -> None:
+    flat = torch.zeros(4000 * 20)
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(4000))
+    for number, layer in enumerate(model):
+        layer.weight = nn.Parameter(flat[20 * number : 20 * number + 16].view(4, 4))
+        layer.bias = nn.Parameter(flat[20 * number + 16 : 20 * number + 20])
+    assert sharing_bias(model) == {}
+    model[7].bias = nn.Parameter(flat[20 * 3 + 15 : 20 * 3 + 19])
+    assert sharing_bias(model) == {"7": "3.weight", "3": "7.bias"}

@@ -448,6 +448,14 @@ class KeepsADirectionElsewhere(Scaled):
         return scaled(site, 1 + params["g"] * self.directions[site.name], base(x))
 
 
+@wrong("cast", r"RuntimeError: .*dtype.*in adapter_forward")
+class KeepsAMatrixElsewhere(Pair):
+    @tg.hookimpl
+    def adapter_forward(self, site: tg.Site, params: Params, x: Tensor, base: Base) -> Tensor:
+        update = site.project_out(site.project_in(x, params["A"]), params["B"])
+        return base(x) + (update @ torch.eye(update.shape[-1])).to(base(x).dtype)
+
+
 @wrong("state_dict", r"has the new keys \['layer\.adapters\.default\.g', 'layer\.seen'\]")
 class CountsOnTheLayer(Scaled):
     @tg.hookimpl

@@ -92,6 +92,7 @@ def run(arguments: list[str], number: int | None, delay: float) -> int:
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without it
         try:
             main(arguments)
         except SystemExit as stop:

@@ -369,3 +369,27 @@ def test_a_buffer_of_integers_is_saved_loaded_and_merged(register: Callable[[obj
 def test_a_role_that_there_is_not_is_refused() -> None:
     with pytest.raises(tg.PluginError, match=r"m: roles=.*a role can be A, B, magnitude"):
         tg.Method("m", tg.Config, "", "", roles={"g": "scale"})
+
+
+@pytest.mark.parametrize("params", [lambda parameters: iter(parameters), lambda parameters: parameters[0]], ids=["generator", "tensor"])
+def test_groups_can_hold_whatever_torch_takes(params: Any, register: Callable[[object, str], None]) -> None:
+    class Grouped(Shift):
+        @tg.hookimpl
+        def adapter_param_groups(self, adapter: tg.Adapter, lr: float) -> list[dict[str, Any]]:
+            return [{"params": params(adapter.parameters()), "lr": lr}]
+
+    register(Grouped("grouped"), "grouped")
+    adapter = tg.apply(nn.Sequential(nn.Linear(3, 5)), "grouped", ["0"])
+    assert [group["params"] for group in torch.optim.SGD(adapter.param_groups(0.1)).param_groups] == [adapter.parameters()]
+
+
+@pytest.mark.parametrize("name", ["shared", "params", "config", "training"])
+def test_a_tensor_that_would_hide_a_member_is_refused(name: str, register: Callable[[object, str], None]) -> None:
+    class Hiding(Shift):
+        @tg.hookimpl
+        def adapter_init(self) -> dict[str, Tensor]:
+            return {name: torch.ones(2)}
+
+    register(Hiding("hiding"), "hiding")
+    with pytest.raises(tg.PluginError, match=f"0: hiding cannot .*'{name}'"):
+        tg.apply(nn.Sequential(nn.Linear(3, 5)), "hiding", ["0"])

@@ -124,24 +124,58 @@ def test_files_are_merged_and_given_back(method: str, dtype: torch.dtype, tmp_pa
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "model" / file).read_bytes()
 
 
-def test_vera_has_one_pair_of_random_matrices_and_saves_none(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"a": nn.Linear(6, 10), "b": nn.Linear(8, 4), "c": nn.Linear(6, 10)})
-    base = deepcopy(model)
-    adapter = tg.apply(model, "vera", ["*"], rank=5, projection_seed=3)
+@pytest.fixture
+def three() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"a": nn.Linear(6, 10), "b": nn.Linear(8, 4), "c": nn.Linear(6, 10)})
+
+
+def test_vera_has_one_pair_of_random_matrices_and_saves_none(three: nn.Module, tmp_path: Path) -> None:
+    base = deepcopy(three)
+    adapter = tg.apply(three, "vera", ["*"], rank=5, projection_seed=3)
     perturb_(adapter.parameters())
     assert {name.rpartition(".")[2] for name, _ in adapter.named_parameters()} == {"b", "d"}
-    assert not [key for key in model.state_dict() if key.endswith((".A", ".B"))]
-    for copy in (model, deepcopy(model), pickle.loads(pickle.dumps(model)), deepcopy(model).double(), deepcopy(model).to("meta")):
+    assert not [key for key in three.state_dict() if key.endswith((".A", ".B"))]
+    for copy in (three, deepcopy(three), pickle.loads(pickle.dumps(three)), deepcopy(three).double(), deepcopy(three).to("meta")):
         a, b, c = (part.params() for part in tg.adapters(copy)["default"].parts.values())
         assert a["A"] is b["A"] is c["A"]
-        assert (a["A"].shape, a["B"].shape, a["A"].dtype) == ((5, 8), (10, 5), a["d"].dtype)
+        assert (a["A"].shape, a["B"].shape, a["A"].dtype, a["A"].device) == ((5, 8), (10, 5), a["d"].dtype, a["d"].device)
     adapter.save(tmp_path)
     assert set(load_file(tmp_path / "torchgraft.safetensors")) == {f"{name}.{key}" for name in "abc" for key in "bd"}
     tg.load(base, tmp_path)
     for name, x in {"a": torch.randn(3, 6), "b": torch.randn(3, 8)}.items():
-        torch.testing.assert_close(base[name](x), model[name](x), rtol=0, atol=0)
-    mine, its = (tg.apply(deepcopy(model), "vera", ["a"], name="other", rank=5, projection_seed=seed).parts["a"] for seed in (3, 4))
+        torch.testing.assert_close(base[name](x), three[name](x), rtol=0, atol=0)
+    mine, its = (tg.apply(deepcopy(three), "vera", ["a"], name="other", rank=5, projection_seed=seed).parts["a"] for seed in (3, 4))
     assert not torch.equal(mine.params()["A"], its.params()["A"])
+
+
+def test_a_layer_that_is_moved_takes_nothing_from_the_others(three: nn.Module) -> None:
+    perturb_(tg.apply(three, "vera", ["*"], rank=5).parameters())
+    x = torch.randn(3, 6)
+    expected = three["a"](x)
+    three["b"].to("meta")
+    three["c"].double()
+    torch.testing.assert_close(three["a"](x), expected, rtol=0, atol=0)
+    assert three["c"](x.double()).dtype == torch.float64
+
+
+def test_what_is_shared_has_its_values_after_the_meta_device(three: nn.Module) -> None:
+    perturb_(tg.apply(three, "vera", ["*"], rank=5).parameters())
+    state, x = three.state_dict(), torch.randn(3, 6)
+    again = nn.ModuleDict({"a": nn.Linear(6, 10), "b": nn.Linear(8, 4), "c": nn.Linear(6, 10)}).to("meta")
+    tg.apply(again, "vera", ["*"], rank=5)
+    again.to_empty(device="cpu").load_state_dict(state)
+    torch.testing.assert_close(again["a"](x), three["a"](x), rtol=0, atol=0)
+
+
+def test_other_shared_tensors_than_in_training_are_refused(three: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = deepcopy(three)
+    tg.apply(three, "vera", ["*"], rank=5).save(tmp_path)
+    rand = torch.Tensor.uniform_
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *bounds, **options: 2 * rand(self, *bounds, **options))
+    with pytest.raises(tg.PairingError, match="the tensors that its layers share are not saved, and vera now makes other ones"):
+        tg.load(base, tmp_path)
+    assert not tg.adapters(base)
 
 
 def test_a_name_of_its_own_and_a_shared_one_are_not_the_same() -> None:

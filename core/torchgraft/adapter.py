@@ -107,7 +107,8 @@ class Adapter:
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Parameter groups for a torch optimizer, with the learning rates that the method asks for."""
-        groups = self.hooks.param_groups(adapter=self, lr=lr, weight_decay=weight_decay)
+        groups = self.hooks.param_groups(adapter=self, lr=lr, weight_decay=weight_decay) or []
+        groups = [{**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in groups]
         if groups:
             check_groups(groups, dict(self.named_parameters()), self.method)
         return groups or [{"params": self.parameters(), "lr": lr, "weight_decay": weight_decay}]

@@ -57,6 +57,8 @@ class Contents:
     """The base's name or path, as the user gave it."""
     state: Mapping[str, Any] = field(default_factory=dict)
     """What the method keeps between its steps."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Digests of the tensors that the sites share."""
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further layers of the base that were quantised, and how: it was trained against these, too."""
 
@@ -76,6 +78,7 @@ def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
         modules=modules,
         base=getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or None,
         state=adapter.state,
+        shared=next((part.shared.digests() for part in adapter.parts.values() if part.shared is not None), {}),
         quantized=_quantized(adapter),
     )
     write(contents, Path(directory))
@@ -181,6 +184,7 @@ def _record(contents: Contents, file: str, data: bytes) -> dict[str, Any]:
         "also_train": list(contents.also_train),
         "also_saved": list(contents.also_saved),
         "base": contents.base,
+        **({"shared": dict(contents.shared)} if contents.shared else {}),
         **({"quantized": dict(contents.quantized)} if contents.quantized else {}),
         "tensors": {"file": file, "sha256": hashlib.sha256(data).hexdigest()},
     }

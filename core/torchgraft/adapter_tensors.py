@@ -42,13 +42,22 @@ class AdapterTensors:
     """Those of an adapter's file.
 
     Raises:
-        PairingError: one of them is not finite.
+        PairingError: one of them is not finite, or what its sites share is not what it was trained with.
     """
 
     def __init__(self, pairing: Pairing) -> None:
+        from torchgraft.shared import make_shared
+
         self.by_name = read_tensors(pairing)
         self._pairing = pairing
-        self._shared: dict[str, Tensor] | None = None
+        sites = [paired.site for paired in pairing.sites]
+        self._shared = make_shared(registry().hooks(pairing.method.name), sites, pairing.config)
+        found, recorded = self._shared.digests(), pairing.files.native.get("shared", {})
+        if found != recorded and pairing.files.native:
+            raise PairingError(
+                f"{pairing.files.directory}: the tensors that its layers share are not saved, and {pairing.method.name} now makes other "
+                "ones than it was trained with; use the versions of torch and of the plugin that it was made with"
+            )
 
     def of_site(self, paired: PairedSite) -> dict[str, Tensor]:
         """One site's tensors as the method names them."""
@@ -60,7 +69,5 @@ class AdapterTensors:
 
     def params(self, paired: PairedSite) -> dict[str, Tensor]:
         """The same, and those that the adapter's sites share: what the hooks are given."""
-        if self._shared is None:
-            hooks = registry().hooks(self._pairing.method.name)
-            self._shared = hooks.shared([one.site for one in self._pairing.sites], self._pairing.config)
-        return {**self.of_site(paired), **self._shared}
+        own = self.of_site(paired)
+        return {**own, **self._shared.like(own)}

@@ -15,11 +15,12 @@ from torchgraft import bnb_kinds, fused, graft
 from torchgraft.adapter import Adapter, adapters, attached_to
 from torchgraft.config import Config, parse_config
 from torchgraft.errors import AttachError, PluginError
-from torchgraft.graft import Form, Shared, SitePart, TrainedCopy
+from torchgraft.graft import Form, SitePart, TrainedCopy
 from torchgraft.kinds import kind_of
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.planning import configure, plan, site_of
+from torchgraft.shared import make_shared
 from torchgraft.site import Site
 
 Make = Callable[[Site], Mapping[str, Tensor]]
@@ -109,23 +110,14 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
 
 
 def _share(adapter: Adapter) -> None:
-    """Give the adapter's parts the tensors that they share, on each device once."""
-    if not adapter.parts or not (tensors := _shared(adapter)):
+    """Give the adapter's parts what they share."""
+    if not adapter.hooks.has("adapter_shared"):
         return
-    devices: dict[torch.device, Shared] = {}
+    shared = make_shared(adapter.hooks, adapter.sites, adapter.config)
     for name, part in adapter.parts.items():
-        if both := sorted(tensors.keys() & part.tensors().keys()):
+        if both := sorted(set(shared) & part.tensors().keys()):
             raise PluginError(f"{name}: {adapter.method} makes {', '.join(both)} by adapter_init and by adapter_shared")
-        device: torch.device = part.site.module.weight.device  # type: ignore[union-attr, assignment]
-        if device not in devices:
-            devices[device] = Shared({key: tensor.to(device) for key, tensor in tensors.items()})
-        part.shared = devices[device]
-
-
-def _shared(adapter: Adapter) -> dict[str, Tensor]:
-    sites = adapter.sites
-    with torch.device(_home(sites[0])):
-        return adapter.hooks.shared(sites, adapter.config)
+        part.shared = shared
 
 
 def _check_clashes(adapter: Adapter) -> None:

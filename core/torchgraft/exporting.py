@@ -28,7 +28,7 @@ from torchgraft.method_hooks import MethodHooks
 from torchgraft.output import new_directory, refuse_existing
 from torchgraft.pairing import pair
 from torchgraft.site import Site, to_canonical
-from torchgraft.weights import exactly, widened
+from torchgraft.weights import Applied, changes_bias, check_no_bias, exactly, widened
 
 PLAIN = Method("LORA", LowRankConfig, "", "", peft=LowRankPeft())
 """PEFT's LORA type, whatever method the adapter has here."""
@@ -152,7 +152,10 @@ class Folded:
 def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], nearest: Nearest | None) -> Folded:
     """Exact if the method has it so, else the nearest."""
     site = paired.site
-    if site.has_bias and _changes_bias(hooks, paired, params):
+    applied = Applied(hooks, paired.config, params)
+    if not site.has_bias:
+        check_no_bias(site.name, applied, site.out_features)
+    elif changes_bias(applied, site.out_features):
         raise MergeError(f"{site.name}: {hooks.method.name} changes its bias, too, and a LoRA changes none; merge it ('adapt merge')")
     if hooks.has("adapter_to_lora"):
         if nearest is not None:
@@ -167,12 +170,6 @@ def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], n
     with exactly(weight):
         change = hooks.merge(paired.config, widened(params, weight.dtype), weight) - weight
     return Folded(site, 1.0, *nearest_lora(change, nearest.rank))
-
-
-def _changes_bias(hooks: MethodHooks, paired: PairedSite, params: Mapping[str, Tensor]) -> bool:
-    """Whether these parameters do: some options of a method may leave it alone."""
-    bias = torch.rand(paired.site.out_features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return hooks.merges_bias and not hooks.merge_bias(paired.config, widened(params, bias.dtype), bias.clone()).equal(bias)
 
 
 def nearest_lora(change: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:

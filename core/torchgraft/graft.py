@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.config import Config
-from torchgraft.errors import AttachError
+from torchgraft.errors import AttachError, PluginError
 from torchgraft.exact import Undo
 from torchgraft.manager import registry
+from torchgraft.shared import SharedTensors
 from torchgraft.site import Site
 from torchgraft.weights import exactly, widened
 
@@ -76,19 +77,8 @@ class Stack:
         return [part for part in before if isinstance(part, SitePart) and part.runs]
 
 
-class Shared(nn.Module):
-    """Tensors that all sites of an adapter share: one module in all of their parts, so that they stay one when the model is moved."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.detach(), persistent=False)
-
-
 class SitePart(Part):
     """A method's tensors for one site."""
-
-    shared: Shared | None
 
     def __init__(self, site: Site, method: str, config: Config, tensors: Mapping[str, Tensor], buffers: frozenset[str]) -> None:
         super().__init__()
@@ -96,12 +86,16 @@ class SitePart(Part):
         self.method = method
         self.config: Any = config
         """The method's own class of config."""
+        self.shared: SharedTensors | None = None
         for name, tensor in tensors.items():
+            if hasattr(self, name):
+                raise PluginError(
+                    f"{site.name}: {method} cannot have a tensor called {name!r}: torch or the engine has a member of that name"
+                )
             if name in buffers:
                 self.register_buffer(name, tensor.detach())
             else:
                 self.register_parameter(name, nn.Parameter(tensor.detach()))
-        self.shared = None
         self._resolve()
 
     def _resolve(self) -> None:
@@ -114,7 +108,8 @@ class SitePart(Part):
 
     def params(self) -> dict[str, Tensor]:
         """What the hooks are given: the site's own tensors, and those that the adapter's sites share."""
-        return self.tensors() if self.shared is None else {**self.tensors(), **self.shared._buffers}  # type: ignore[dict-item]
+        own = self.tensors()
+        return own if self.shared is None else {**own, **self.shared.like(own)}
 
     def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         (x,) = (*args, *kwargs.values())  # a layer of a known kind takes one input

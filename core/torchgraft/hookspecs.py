@@ -55,9 +55,10 @@ def adapter_init(site: Site, config: Any, generator: Generator) -> dict[str, Ten
 def adapter_shared(sites: Sequence[Site], config: Any) -> dict[str, Tensor]:  # type: ignore[empty-body]
     """Tensors that all sites of an adapter share, such as frozen random matrices. Called once for each adapter. Optional.
 
-    They are among the params that the other hooks get, each one object in memory; they are not trained, and not saved but
-    made again on load and merge. So `sites` (in any order, perhaps without a model) and the adapter's own `config` must
-    decide them: take a seed from an option, one of `Config.adapter_wide`.
+    They are among the params that the other hooks get, on the device and in the dtype of a site's own tensors, and one object
+    for all sites. They are not trained, and not saved but made again on load and merge, where a hash tells whether they are
+    the same. So `sites` (in any order, perhaps without a model) and the adapter's own `config` must decide them: take a seed
+    from an option, one of `Config.adapter_wide`. Make them on the CPU, and in float32 or float64.
     """
 
 
@@ -107,7 +108,7 @@ def adapter_merge_bias(config: Any, params: Mapping[str, Tensor], bias: Tensor) 
     Optional: without it a bias stays as it is. Returns a new tensor, or `bias` itself, and does not write to it. There is no
     inverse to write: unmerge gives back the original. Of an additive method, what it makes of zeros is added. It must leave
     zeros alone for a layer that has no bias (`site.has_bias`), else merge refuses; `Config.advise` can refuse such a layer before.
-    For an adapter above, which asks for `site.bias`, it is called in forward: in the layer's dtype, with gradients.
+    For an adapter above, which asks for `site.bias`, it is called in forward: on bias and params as they are, with gradients.
     """
 
 

@@ -67,7 +67,7 @@ class Method:
     roles: Mapping[str, Role] = field(default_factory=dict)
     """Tensor → its role, for `tg.scaled_param_groups`."""
     additive: bool = False
-    """Whether a merge adds what does not depend on the weight: such adapters can be merged in any order, and with factors."""
+    """Whether what a merge adds to weight and bias depends on neither: such adapters can be merged in any order, and with factors."""
     starts_unchanged: bool = True
     """Whether, with default options, the output at the start is the base's. `torchgraft.testing` proves what is claimed here."""
     partial_gradients: frozenset[str] = frozenset()

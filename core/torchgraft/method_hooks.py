@@ -55,9 +55,7 @@ class MethodHooks:
         return scale, factors
 
     def init(self, site: Site, config: Any, generator: Generator) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = self._caller("adapter_init")(site=site, config=config, generator=generator)
-        if not isinstance(tensors, dict) or not all(hasattr(tensor, "shape") and "." not in name for name, tensor in tensors.items()):
-            raise PluginError(f"{self.method.name}: adapter_init returned {tensors!r:.80}, not a dict of tensors by names without a dot")
+        tensors = self._named("adapter_init", self._caller("adapter_init")(site=site, config=config, generator=generator))
         for name, tensor in tensors.items():
             if name not in self.method.buffers and not tensor.is_floating_point():
                 raise PluginError(
@@ -67,8 +65,17 @@ class MethodHooks:
 
     def shared(self, sites: Sequence[Site], config: Any) -> dict[str, Tensor]:
         """Empty if the method has none."""
-        tensors: dict[str, Tensor] | None = self._caller("adapter_shared")(sites=sites, config=config)
-        return tensors or {}
+        if not self.has("adapter_shared"):
+            return {}
+        return self._named("adapter_shared", self._caller("adapter_shared")(sites=sites, config=config))
+
+    def _named(self, hook: str, tensors: Any) -> dict[str, Tensor]:
+        """What a hook returned, which is a dict of tensors."""
+        import torch
+
+        if isinstance(tensors, dict) and all(isinstance(one, torch.Tensor) and "." not in name for name, one in tensors.items()):
+            return tensors
+        raise PluginError(f"{self.method.name}: {hook} returned {tensors!r:.80}, not a dict of tensors by names without a dot")
 
     @cached_property
     def forward(self) -> Forward:

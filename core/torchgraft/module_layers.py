@@ -111,12 +111,16 @@ def sharing_bias(model: nn.Module) -> dict[str, str]:
             if tensor is not None:
                 place = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
                 places[place].setdefault((id(module), key), (name, tensor))  # a module has one entry, however many names
-    found = {}
+    found: dict[str, str] = {}
     for owners in places.values():
-        for owner, (name, own) in owners.items():
-            others = [f"{its}.{key[1]}" for key, (its, other) in owners.items() if key != owner and _overlap(own, other)]
-            if owner[1] == "bias" and others:
-                found[name] = others[0]
+        last: tuple[str, str, Tensor] | None = None  # of those so far, the one that ends last
+        for (_, key), (name, own) in sorted(owners.items(), key=lambda entry: entry[1][1].data_ptr()):
+            if last is not None and _overlap(last[2], own):
+                for (one, one_key, _), (other, other_key) in (((name, key, own), last[:2]), (last, (name, key))):
+                    if one_key == "bias":
+                        found.setdefault(one, f"{other}.{other_key}")
+            if last is None or _end(own) > _end(last[2]):
+                last = name, key, own
     return found
 
 

@@ -16,7 +16,7 @@ from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
 from torchgraft.module_layers import own_state
 from torchgraft.tensor_merge import merge_tensor, unmerge_tensor
-from torchgraft.weights import Applied, check_no_bias, replacement
+from torchgraft.weights import Applied, changes_bias, check_no_bias, replacement
 
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
@@ -31,8 +31,8 @@ def merge(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]], biase
     for name, (module, part) in parts.items():
         if part.undo is not None:
             raise MergeError(f"the adapter {adapter!r} is merged already ({name}); unmerge it first")
-        _check_weights(name, module, tied)
-        if name in biases and isinstance(part, SitePart) and part.hooks.merges_bias:
+        _check_weights(name, module, part, tied)
+        if name in biases and isinstance(part, SitePart) and changes_bias(_applied(part), part.site.out_features):
             raise MergeError(
                 f"{name}: its bias is also {biases[name]}, so merging would change both. Give it a bias of its own, "
                 "or leave the adapter unmerged"
@@ -48,7 +48,7 @@ def unmerge(adapter: str, parts: Parts, discard_edits: bool) -> None:
             raise MergeError(f"the adapter {adapter!r} is not merged ({name})")
         if part.undo.depth != _merges_on(module) - 1:
             raise MergeError(f"{name}: another adapter was merged after {adapter!r}; unmerge that one first")
-        _check_unedited(name, module, part.undo)
+        _check_unedited(name, dict(module._parameters) if isinstance(part, SitePart) else own_state(module), part.undo)  # type: ignore[arg-type]
     for name, (_, part) in parts.items():
         _check_adapter(name, part, discard_edits)
     _all_or_nothing(parts, _restore, _merge_part)  # merging again is the same arithmetic on the same bits
@@ -73,20 +73,29 @@ def _all_or_nothing(parts: Parts, do: Callable[[str, nn.Module, Part], None], ta
         raise
 
 
-def _check_weights(name: str, module: nn.Module, tied: Mapping[str, tuple[str, ...]]) -> None:
+def _check_weights(name: str, module: nn.Module, part: Part, tied: Mapping[str, tuple[str, ...]]) -> None:
+    written = _written(module, part)
     for layer, others in tied.items():
-        if others and (layer == name or layer.startswith(f"{name}.")):
+        if others and (layer == name or layer.startswith(f"{name}.")) and "weight" in {key.rpartition(".")[2] for key in written}:
             raise MergeError(
                 f"{layer}: its weight is also that of {', '.join(others)}, so merging would change both. "
                 "Give one of them a weight of its own, or leave the adapter unmerged"
             )
-    for tensor in module.parameters():
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise MergeError(f"{name}: a tensor of it was expanded, so that its entries share their memory; clone it first")
+    for key, tensor in written.items():
         if tensor.is_meta:
-            raise MergeError(f"{name}: its weight is on the meta device and has no values to merge into")
+            raise MergeError(f"{name}: its {key} is on the meta device and has no values to merge into")
         if tensor.is_inference():
-            raise MergeError(f"{name}: its weight was made in torch.inference_mode and cannot be written; load the model outside it")
+            raise MergeError(f"{name}: its {key} was made in torch.inference_mode and cannot be written; load the model outside it")
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise MergeError(f"{name}: its {key} was expanded, so that its entries share their memory; clone it first")
+
+
+def _written(module: nn.Module, part: Part) -> dict[str, Tensor]:
+    """What a merge of `part` writes to, or replaces."""
+    if not isinstance(part, SitePart):
+        return dict(module.named_parameters())
+    keys = [key for key, there in (("weight", part.hooks.merges_weight), ("bias", part.hooks.merges_bias)) if there]
+    return {key: tensor for key in keys if (tensor := module._parameters.get(key)) is not None}
 
 
 def _check_order(name: str, module: nn.Module, part: Part) -> None:
@@ -123,17 +132,22 @@ def _merge_part(name: str, module: nn.Module, part: Part) -> None:
 
 
 def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
-    kind, original = part.site.kind, part.site.stored_weight()
-    applied, needed = Applied(part.hooks, part.config, part.params()), dict[str, Tensor]()
-    merged = merge_tensor(name, kind, applied, original, needed)
+    kind, applied, needed = part.site.kind, _applied(part), dict[str, Tensor]()
     bias = _merged_bias(name, applied, module, part.site.out_features)
     undo = Undo(
         snapshot=_snapshot(part.tensors()),
-        merged={"weight": digest(merged), **{key: digest(tensor) for key, tensor in bias.items()}},
+        merged={key: digest(tensor) for key, tensor in bias.items()},
         originals=_snapshot({key: module._parameters[key] for key in bias}),  # type: ignore[misc]
         depth=_merges_on(module),
         fingerprint=frozen_fingerprint(part.site) if part.hooks.method.additive else of_site(part.site),
     )
+    if not part.hooks.merges_weight:
+        _write(module._parameters, bias)  # type: ignore[arg-type]
+        part.undo = undo
+        return
+    original = part.site.stored_weight()
+    merged = merge_tensor(name, kind, applied, original, needed)
+    undo = replace(undo, merged={**undo.merged, "weight": digest(merged)})
     if kind.quantized and not isinstance(module, Dequantized):
         # Codes have no room for the result: the layer is dense until it is unmerged.
         undo = replace(undo, form=form_of(module))
@@ -144,6 +158,10 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
         undo = replace(undo, correction=make_correction(original, nearly), original=digest(original), needed=needed)
         _write(own_state(module), {"weight": merged, **bias})
     part.undo = undo
+
+
+def _applied(part: SitePart) -> Applied:
+    return Applied(part.hooks, part.config, part.params())
 
 
 def _merged_bias(name: str, applied: Applied, module: nn.Module, rows: int) -> dict[str, Tensor]:
@@ -175,20 +193,20 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
     assert undo is not None
     if undo.form is not None:
         become(module, undo.form)
-    elif isinstance(part, SitePart):
+    elif isinstance(part, SitePart) and undo.correction is not None:
         weight: Tensor = module.weight  # type: ignore[assignment]
-        assert undo.correction is not None
         applied = Applied(part.hooks, part.config, {**part.params(), **undo.snapshot})
         nearly = unmerge_tensor(part.site.kind, applied, weight.detach(), dict(undo.needed))
         _write(own_state(module), {"weight": restore(nearly, undo.correction, undo.original, name), **undo.originals})
+    elif isinstance(part, SitePart):
+        _write(module._parameters, undo.originals)  # type: ignore[arg-type]
     else:
         _write(own_state(module), undo.originals)
     part.undo = None
 
 
-def _check_unedited(name: str, module: nn.Module, undo: Undo) -> None:
+def _check_unedited(name: str, state: Mapping[str, Tensor], undo: Undo) -> None:
     """An edit could hide under the corrections, so the merged tensors are checked before anything is restored."""
-    state = own_state(module)
     for key, expected in undo.merged.items():
         if digest(state[key]) != expected:
             raise MergeError(f"{name}: its {key} was changed since the merge, so unmerging would lose that. Nothing was changed")

@@ -141,10 +141,19 @@ def check_no_bias(name: str, one: Applied, rows: int) -> None:
     Raises:
         MergeError: the adapter would give it one.
     """
-    if one.hooks.merges_bias:
-        zeros = torch.zeros(rows, dtype=torch.float64)
-        if one.hooks.merge_bias(one.config, widened(one.params, torch.float64, zeros.device), zeros).count_nonzero():
-            raise MergeError(f"{name}: {one.hooks.method.name} adds to its bias and it has none, so there is nothing to merge into")
+    if one.hooks.merges_bias and _biased(one, torch.zeros(rows, dtype=torch.float64)).count_nonzero():
+        raise MergeError(f"{name}: {one.hooks.method.name} adds to its bias and it has none, so there is nothing to merge into")
+
+
+def changes_bias(one: Applied, rows: int) -> bool:
+    """Whether the adapter changes a bias: with some options a method may leave it alone."""
+    bias = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return one.hooks.merges_bias and not _biased(one, bias.clone()).equal(bias)
+
+
+@torch.no_grad()
+def _biased(one: Applied, bias: Tensor) -> Tensor:
+    return one.hooks.merge_bias(one.config, widened(one.params, bias.dtype, bias.device), bias)
 
 
 def tolerance(written: torch.dtype, result: Tensor, original: Tensor) -> Tensor:

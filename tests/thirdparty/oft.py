@@ -60,7 +60,7 @@ def adapter_unmerge(params: Mapping[str, Tensor], weight: Tensor) -> Tensor:
 
 def _rotated(params: Mapping[str, Tensor], weight: Tensor) -> Tensor:
     """R·W; with -Q for Q, Rᵀ·W."""
-    q = params["Q"].triu(1)
+    q = params["Q"].to(torch.promote_types(params["Q"].dtype, torch.float32)).triu(1)  # torch solves nothing in 16 bits
     q = q - q.mT
     one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     rotation = torch.linalg.solve(one - q, one + q)

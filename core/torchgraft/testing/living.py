@@ -72,6 +72,26 @@ def save_load(case: Case) -> None:
     same_bits(again(case.x), expected, "the output after saving and loading", hint)
 
 
+@check(layers="dense", first=True)
+def cast(case: Case) -> None:
+    """A model that is cast after attaching, all of it or a part, goes on; saved and loaded in that dtype, its output is the same."""
+    model, adapter = case.adapted()
+    model.to(torch.bfloat16)
+    x = case.x.to(torch.bfloat16) if case.input.is_floating_point() else case.x
+    expected = model(x)
+    with TemporaryDirectory() as folder:
+        adapter.save(Path(folder) / "adapter")
+        again = case.base().to(torch.bfloat16)
+        load(again, Path(folder) / "adapter")
+    hint = "what forward needs must be among the tensors of adapter_init, or be made by adapter_shared, and not be kept elsewhere"
+    same_bits(again(x), expected, "the output after casting, saving and loading", hint)
+    pair = Named({"one": case.base().layer, "two": case.base().layer}).eval()
+    perturb_(case.attach(pair, targets=("one", "two")))
+    before = pair.get_submodule("one")(case.x)
+    pair.get_submodule("two").to(torch.bfloat16)
+    same_bits(pair.get_submodule("one")(case.x), before, "the output of a layer after another was cast", hint)
+
+
 @check()
 def state_dict(case: Case) -> None:
     """The base's entries of the state_dict stay as they are; all of the adapter's tensors are new ones, and load strictly."""

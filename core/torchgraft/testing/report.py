@@ -17,6 +17,8 @@ class Result:
     outcome: Outcome
     reason: str
     """What failed, or why it was skipped; of one that passed, on what."""
+    left_out: str = ""
+    """Of one that passed: on which kinds of layers it was skipped, and why."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,11 @@ class Report:
     def _lines(self) -> Iterator[str]:
         for outcome in ("failed", "skipped"):
             yield from (f"{outcome}  {result.name}: {result.reason}" for result in self.checks if result.outcome == outcome)
-        yield from (f"in part  {one.name}: {one.reason}" for one in self.checks if one.outcome == "passed" and "; without" in one.reason)
+        partly: dict[str, list[str]] = {}
+        for result in self.checks:
+            if result.left_out:
+                partly.setdefault(result.left_out, []).append(result.name)
+        yield from (f"in part  {', '.join(names)}: without {left_out}" for left_out, names in partly.items())
         yield from (f"note  {note}" for note in self.notes)
 
     def _count(self, outcome: Outcome) -> int:

@@ -121,7 +121,7 @@ def _run(check: Check, subject: Subject) -> Result:
     left_out = "; ".join(f"{', '.join(kinds)}: {reason}" if passed or len(skipped) > 1 else reason for reason, kinds in skipped.items())
     if passed:
         cases = f"{passed} case{'s' if passed > 1 else ''}"
-        return Result(check.name, "passed", f"{cases}; without {left_out}" if left_out else cases)
+        return Result(check.name, "passed", f"{cases}; without {left_out}" if left_out else cases, left_out)
     return Result(check.name, "skipped", left_out or _why_nothing(check, subject))
 
 
