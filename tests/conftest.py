@@ -17,6 +17,7 @@ settings.register_profile("ci", deadline=None, derandomize=True)  # a new exampl
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 from installed import Installed  # noqa: E402  (transformers reads the environment when it is imported)
+from tiny_methods import OnLinears, Spoiled, registered  # noqa: E402
 from torchgraft_cli.main import main  # noqa: E402
 
 
@@ -56,3 +57,15 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Insta
     for name in set(sys.modules) - before:
         if name.startswith("registry_test_"):
             del sys.modules[name]
+
+
+@pytest.fixture
+def linears() -> Iterator[str]:
+    with registered(OnLinears()) as name:
+        yield name
+
+
+@pytest.fixture
+def spoiled() -> Iterator[str]:
+    with registered(Spoiled()) as name:
+        yield name

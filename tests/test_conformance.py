@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchgraft as tg
-from tiny_methods import OnLinears, Pair, Scaled, Spoiled, registered
+from tiny_methods import OnLinears, Pair, Scaled, registered
 from torchgraft.torch_kinds import Linear
 
 BUNDLED = ("adalora", "dora", "lora", "loraplus", "qlora")
@@ -64,18 +64,6 @@ def test_method_that_the_wrong_ones_are_made_of_conforms(plugin: Any) -> None:
     with registered(plugin) as name:
         report = tg.testing.check_plugin(name)
     assert skipped(report) == UNCLAIMED[name]
-
-
-@pytest.fixture
-def linears() -> Iterator[str]:
-    with registered(OnLinears()) as name:
-        yield name
-
-
-@pytest.fixture
-def spoiled() -> Iterator[str]:
-    with registered(Spoiled()) as name:
-        yield name
 
 
 def test_report_has_the_counts_and_every_reason(spoiled: str) -> None:

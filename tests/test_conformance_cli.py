@@ -7,29 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import torchgraft as tg
 from conftest import Result
-from tiny_methods import OnLinears, Spoiled, registered
 
 Adapt = Callable[..., Result]
 NOTHING = "no core check ran, so nothing is proven"
-
-
-@pytest.fixture
-def linears() -> Iterator[str]:
-    with registered(OnLinears()) as name:
-        yield name
-
-
-@pytest.fixture
-def spoiled() -> Iterator[str]:
-    with registered(Spoiled()) as name:
-        yield name
 
 
 def test_fixture_is_one_test_for_each_check(tmp_path: Path) -> None:

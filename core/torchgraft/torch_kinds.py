@@ -52,7 +52,20 @@ class Linear(Kind):
         return [(layer, torch.randn(*shape, layer.in_features)) for layer, shape in zip(layers, shapes, strict=True)]
 
 
-class Conv1D(Linear):
+class Transposed(Kind):
+    """A weight that is stored (in, out)."""
+
+    def canonical_shape(self, shape: Shape) -> tuple[int, int]:
+        return (shape[1], shape[0])
+
+    def to_canonical(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
+        return matrix.t()
+
+
+class Conv1D(Transposed, Linear):
     """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): GPT-2 and its kin."""
 
     name = "Conv1D"
@@ -63,15 +76,6 @@ class Conv1D(Linear):
         # Without transformers loaded there can be no such module, and loading it takes seconds.
         library = sys.modules.get("transformers.pytorch_utils")
         return getattr(library, "Conv1D", None)
-
-    def canonical_shape(self, shape: Shape) -> tuple[int, int]:
-        return (shape[1], shape[0])
-
-    def to_canonical(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
-        return matrix.t()
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         import torch
@@ -86,7 +90,7 @@ class Conv1D(Linear):
         return found
 
 
-class Embedding(Kind):
+class Embedding(Transposed):
     """nn.Embedding: weight (V, d). As a matrix it maps a one-hot vector of V to d, so its canonical form is (d, V)."""
 
     name = "Embedding"
@@ -95,15 +99,6 @@ class Embedding(Kind):
         from torch import nn
 
         return nn.Embedding
-
-    def canonical_shape(self, shape: Shape) -> tuple[int, int]:
-        return (shape[1], shape[0])
-
-    def to_canonical(self, weight: Tensor) -> Tensor:
-        return weight.t()
-
-    def from_canonical(self, matrix: Tensor, shape: Shape) -> Tensor:
-        return matrix.t()
 
     def fan_in(self, shape: Shape) -> int:
         return 1  # a one-hot input reaches each output through one entry
