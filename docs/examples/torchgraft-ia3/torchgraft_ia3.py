@@ -9,14 +9,15 @@ l starts at 1, the pretrained model. The merge scales rows of W₀, and the bias
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 import torchgraft as tg
 from torchgraft import hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LINEAR = frozenset({"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"})
 
@@ -33,6 +34,8 @@ def adapter_method() -> tg.Method:
 
 @hookimpl
 def adapter_init(site: tg.Site, config: Ia3Config) -> dict[str, Tensor]:
+    import torch  # here, for it takes a second, which `adapt --help` does not have
+
     return {"l": torch.ones(site.out_features if config.side == "output" else site.in_features)}
 
 
