@@ -2,7 +2,7 @@
 
     y[…, h, d] = Σᵢ W[h, d, i]·x[…, i]
 
-Every method works on it, with nothing said about methods here: they see the matrix (heads·size, in).
+Methods work on it, with nothing said about them here: they see the matrix (heads·size, in).
 """
 
 from __future__ import annotations

@@ -39,3 +39,8 @@ def test_a_method_works_on_it(method: str) -> None:
 def test_it_is_a_layer_that_can_be_selected() -> None:
     model = torch.nn.ModuleDict({"q_proj": HeadwiseLinear(6, 3, 4), "o_proj": torch.nn.Linear(12, 6)})
     assert [(site.name, site.kind) for site in tg.plan(model, ["*"]).sites] == [("q_proj", "Headwise"), ("o_proj", "Linear")]
+
+
+def test_qlora_says_that_it_does_not() -> None:
+    with pytest.raises(tg.AttachError, match="qlora does not work on Headwise layers"):
+        tg.apply(torch.nn.Sequential(HeadwiseLinear(6, 3, 4)), "qlora", ["0"])
