@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import torchgraft as tg
+from conftest import Result
 from installed import METHOD, Installed
 
 pytestmark = pytest.mark.filterwarnings("default::torchgraft.TorchgraftWarning")  # the command shows them
@@ -166,3 +169,69 @@ def test_with_four_broken_plugins_every_command_works(
     strict = adapt("inspect", model, "--target", "q_proj", "--plugin", "lora")
     assert strict.code == 2
     assert "taken-tools" in strict.err
+
+
+def test_what_a_plugin_prints_is_no_part_of_an_answer(adapt: Callable, installed: Installed) -> None:
+    installed.add(
+        "noisy", "print('at import')\n" + COMMANDS.replace("@commands.command()", "print('at registering')\n    @commands.command()")
+    )
+    listed = adapt("plugins", "list", "--json")
+    assert "noisy" in {entry["name"] for entry in json.loads(listed.out)}
+    assert "at import" in listed.err
+    help_ = adapt("--help")
+    assert "at registering" in help_.err
+    assert "at registering" not in help_.out
+
+
+def test_a_plugin_that_is_left_out_is_not_said_to_be_missing(
+    adapt: Callable, installed: Installed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed.add("shift", METHOD)
+    monkeypatch.setenv("TORCHGRAFT_PLUGINS", "")
+    result = adapt("plugins", "show", "shift")
+    assert (result.code, "the plugin 'shift' is installed, and left out by TORCHGRAFT_PLUGINS" in result.err) == (2, True)
+
+
+@pytest.fixture
+def adapter(adapt: Callable, installed: Installed, tmp_path: Path) -> tuple[Path, Path]:
+    """A model and an adapter that the plugin shift 1.2 made."""
+    module = installed.add("shift", METHOD, distribution="shift-tools")
+    model, made = tmp_path / "model", tmp_path / "adapter"
+    model.mkdir()
+    save_file({"q_proj.weight": torch.randn(6, 4)}, model / "model.safetensors", metadata={"format": "pt"})
+    assert adapt("apply", model, "--plugin", "shift", "--target", "q_proj", "-o", made).code == 0
+    tg.registry.cache_clear()
+    rmtree(tmp_path / "shift_tools-1.2.dist-info")
+    del sys.modules[module]
+    return model, made
+
+
+def test_an_adapter_of_a_plugin_that_is_gone_says_what_made_it(adapt: Callable, adapter: tuple[Path, Path], tmp_path: Path) -> None:
+    for command in (("check", *adapter), ("merge", *adapter, "-o", tmp_path / "merged")):
+        result = adapt(*command)
+        assert result.code == 2
+        assert f"{adapter[1]}: it was made with shift-tools 1.2: there is no plugin 'shift'" in result.out + result.err
+
+
+def test_an_adapter_of_another_version_is_said_to_be_one(
+    adapt: Callable, adapter: tuple[Path, Path], installed: Installed, tmp_path: Path
+) -> None:
+    installed.add("shift", METHOD, distribution="shift-tools", version="2.0")
+    said = "it was made with shift-tools 1.2, and shift-tools 2.0 is installed"
+    assert said in _text(adapt("check", *adapter))
+    merged = adapt("merge", *adapter, "-o", tmp_path / "merged")
+    assert (merged.code, said in merged.out + merged.err) == (0, True)
+    back = adapt("unmerge", tmp_path / "merged", "-o", tmp_path / "back")
+    assert (back.code, said in back.err) == (0, True)
+    with pytest.warns(tg.TorchgraftWarning, match=said):
+        tg.load(torch.nn.ModuleDict({"q_proj": _linear(adapter[0])}), adapter[1])
+
+
+def _linear(model: Path) -> torch.nn.Linear:
+    layer = torch.nn.Linear(4, 6, bias=False)
+    layer.weight = torch.nn.Parameter(load_file(model / "model.safetensors")["q_proj.weight"])
+    return layer
+
+
+def _text(result: Result) -> str:
+    return " ".join((result.out + result.err).split())

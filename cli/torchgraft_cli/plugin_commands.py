@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection
+from contextlib import redirect_stdout
 from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
     for info, register in registry().implementations("register_commands"):
         own = click.Group()
         try:
-            register(commands=own)
+            with redirect_stdout(sys.stderr):
+                register(commands=own)
         except (Exception, SystemExit) as error:  # noqa: BLE001  (a stranger's code: its problem, and not that of every command)
             _left_out(info, f"its register_commands failed: {type(error).__name__}: {error}")
             continue

@@ -8,6 +8,7 @@ from typing import Any
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.plugin_info import PluginInfo
+from torchgraft_cli.main import plain
 
 PROVIDED = {"adapter_method": "a method", "layer_kind": "a kind of layer", "register_commands": "commands of adapt"}
 
@@ -20,15 +21,15 @@ def listed(info: PluginInfo) -> dict[str, Any]:
 def said_of(info: PluginInfo) -> str:
     """What the plugin does, or why it cannot be used and what can be done about it."""
     if info.error:
-        return f"cannot be used: {info.error}; {info.way_out}"
+        return plain(f"cannot be used: {info.error}; {info.way_out}")
     provides = registry().provides(info.name)
-    return registry().method(info.name).summary if "adapter_method" in provides else _in_words(provides)
+    return registry().method(info.name).summary if "adapter_method" in provides else _in_words(provides, _kind(info))
 
 
 def described(info: PluginInfo) -> dict[str, Any]:
     """What `adapt plugins show --json` prints."""
     provides = registry().provides(info.name)
-    document = {**_origin(info), "provides": list(provides)}
+    document = {**_origin(info), "provides": list(provides), "kind": _kind(info)}
     if "adapter_method" not in provides:
         return document
     hooks = registry().hooks(info.name)
@@ -46,7 +47,7 @@ def in_facts(document: Mapping[str, Any]) -> dict[str, str]:
     """The same for a reader, without the options."""
     origin = "{distribution} {version} ({entry_point})".format(**document)
     if "capabilities" not in document:
-        return {document["name"]: _in_words(document["provides"]), "from": origin}
+        return {document["name"]: _in_words(document["provides"], document["kind"]), "from": origin}
     can = document["capabilities"]
     order = "in any order, with factors" if can["additive"] else "in the order in which adapters were attached"
     merges = [
@@ -69,9 +70,15 @@ def _origin(info: PluginInfo) -> dict[str, str]:
     return {key: getattr(info, key) for key in ("name", "distribution", "version", "entry_point")}
 
 
-def _in_words(provides: Sequence[str]) -> str:
+def _kind(info: PluginInfo) -> str | None:
+    """The name of the kind of layer that the plugin brings."""
+    kind = registry().kind_of_plugin(info.name)
+    return kind.name if kind is not None else None
+
+
+def _in_words(provides: Sequence[str], kind: str | None) -> str:
     """What the hooks of a plugin come to."""
-    found = [words for hook, words in PROVIDED.items() if hook in provides]
+    found = [f"{words}, {kind}" if hook == "layer_kind" else words for hook, words in PROVIDED.items() if hook in provides]
     watched = [hook for hook in provides if hook.startswith("adapter_")]
     if watched and "adapter_method" not in provides:
         found.append(f"an observer of {', '.join(watched)}")

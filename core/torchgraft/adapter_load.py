@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.attaching import attach
 from torchgraft.bases import Pairing, base_of_module
+from torchgraft.errors import TorchgraftWarning
 from torchgraft.other_weights import warn_of_other_weights
 from torchgraft.pairing import pair
 from torchgraft.planning import Plan
@@ -29,6 +31,8 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
     base = base_of_module(model)
     files = read_adapter(directory)
     pairing = pair(files, base).demand(base)
+    if files.native and pairing.other_plugin:
+        warnings.warn(pairing.other_plugin, TorchgraftWarning, stacklevel=2)
     state = files.read_state()
     tensors = AdapterTensors(pairing)
     sites = {paired.site.name: paired for paired in pairing.sites}

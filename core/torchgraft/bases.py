@@ -18,6 +18,7 @@ from torchgraft.manager import registry
 from torchgraft.method import Method
 from torchgraft.naming import Naming, described, owner_of
 from torchgraft.planning import site_of
+from torchgraft.plugin_info import DISTRIBUTION
 from torchgraft.site import Site
 
 if TYPE_CHECKING:
@@ -85,13 +86,25 @@ class Pairing:
 
     @property
     def caveat(self) -> str:
-        """What cannot be told of an adapter that PEFT wrote; or ""."""
+        """What cannot be told of an adapter: of one that PEFT wrote, or that another version of a plugin made; or ""."""
         if self.files.native:
-            return ""
+            return self.other_plugin
         named = self.files.peft.get("base_model_name_or_path")
         return (
             f"{self.files.directory}: PEFT records names and shapes, and nothing of the weights: whether this is its base"
             f"{f' ({named})' if named else ''}, and whether that was quantized in training, cannot be told"
+        )
+
+    @property
+    def other_plugin(self) -> str:
+        """Which other plugin, or version of it, the adapter was made with; or "". The bundled ones read what earlier ones wrote."""
+        recorded, info = self.files.native["method"], registry().info(self.method.name)
+        made = (recorded.get("distribution", ""), recorded.get("version", ""))
+        if made == (info.distribution, info.version) or made[0] == info.distribution == DISTRIBUTION or not made[0]:
+            return ""
+        return (
+            f"{self.files.directory}: it was made with {' '.join(made)}, and {info.distribution} {info.version} is installed: "
+            f"whether that {self.method.name} computes the same cannot be told"
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torchgraft.bases import PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.digests import digest_range
 from torchgraft.dtypes import ADAPTABLE
-from torchgraft.errors import FileFormatError, MergeError
+from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
 from torchgraft.file_blocks import FileTensor, blocks_of, copy_bytes
 from torchgraft.kinds import Kind
 from torchgraft.layout import Layout, OutputFile, Placed, plan_layout, same_file
@@ -137,6 +138,9 @@ class _Merged:
         self.checkpoint, self._root = checkpoint, checkpoint.directory / UNDO
         self._undo = UndoReader(self._root / CORRECTIONS)
         self._pairings = _pairings(checkpoint, record)
+        for pairing in self._pairings:
+            if pairing.files.native and pairing.other_plugin:
+                warnings.warn(pairing.other_plugin, TorchgraftWarning, stacklevel=3)
         self._tensors = [AdapterTensors(pairing) for pairing in self._pairings]
         self._sites: dict[str, list[tuple[int, PairedSite]]] = {}
         for number, pairing in enumerate(self._pairings):

@@ -6,8 +6,10 @@ distributions load (empty: none of them); `TORCHGRAFT_STRICT=1` makes a plugin t
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
@@ -46,6 +48,8 @@ class Registry:
         """The plugins whose kind has named its class of layer."""
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._refused: list[PluginInfo] = []
+        self._left_out: set[str] = set()
+        """Names that TORCHGRAFT_PLUGINS does not let load."""
         for point in sorted(entry_points(group=GROUP) if points is None else points, key=bundled_first):
             self._discover(point)
 
@@ -92,6 +96,8 @@ class Registry:
         Raises:
             PluginError: there is no such plugin, or it cannot be loaded.
         """
+        if name in self._left_out and name not in self._infos:
+            raise PluginError(f"the plugin {name!r} is installed, and left out by TORCHGRAFT_PLUGINS; add it there, or unset that")
         if name not in self._infos:
             raise PluginError(f"there is no plugin {name!r}{near(name, self._infos)}; 'adapt plugins list' shows those installed")
         self._try_load(name)
@@ -104,6 +110,10 @@ class Registry:
         """The hooks that the plugin `name` implements or wraps, sorted; none if it cannot be loaded."""
         plugin = self._manager.get_plugin(name)
         return tuple(sorted(own_hooks(self._manager, plugin))) if plugin is not None else ()
+
+    def kind_of_plugin(self, name: str) -> Kind | None:
+        """The kind of layer that the plugin `name` brings, if it is loaded and brings one."""
+        return self._kinds.get(name)
 
     def implementations(self, hook: str) -> list[tuple[PluginInfo, Callable[..., Any]]]:
         """Each plugin's own function for `hook`, to be called one by one where the one that fails is to be named.
@@ -147,7 +157,8 @@ class Registry:
         found = {kind.name: kind for kind in reversed(BUILTIN_KINDS)}.get(name)
         found = found or next((kind for kind in self.kinds() if kind.name == name), None)
         if found is None:
-            raise PluginError(f"there is no kind of layer {name!r}; is the plugin that adds it installed?")
+            known = [kind.name for kind in self.kinds()]
+            raise PluginError(f"there is no kind of layer {name!r}{near(name, known)}; is the plugin that adds it installed?")
         return found
 
     def _caller(self, method: str, hook: str) -> pluggy.HookCaller:
@@ -160,6 +171,7 @@ class Registry:
     def _discover(self, point: EntryPoint) -> None:
         info = info_of(point)
         if info.distribution != DISTRIBUTION and not is_allowed(point.name):
+            self._left_out.add(point.name)
             return
         if (holder := self._infos.get(point.name)) is not None:
             self._refuse(info, holder)
@@ -196,7 +208,8 @@ class Registry:
         info = self._infos[name]
         try:
             check_version(point)
-            self._add(point.load(), info)
+            with redirect_stdout(sys.stderr):  # what a stranger prints is no part of what a command answers
+                self._add(point.load(), info)
         except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a stranger's module does on import stays its own problem)
             return self._failed(name, error)
         return ""

@@ -12,10 +12,11 @@ from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
 from torchgraft.config import parse_config
 from torchgraft.dtypes import ADAPTABLE
-from torchgraft.errors import PairingError
+from torchgraft.errors import PairingError, PluginError
 from torchgraft.kinds import Shape
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
+from torchgraft.method import Method
 from torchgraft.naming import Naming, own_names
 from torchgraft.peft_pairing import pair_peft
 from torchgraft.planning import site_of
@@ -117,7 +118,7 @@ def _in_base_names(pairing: Pairing, naming: Naming, is_module: bool) -> Pairing
 
 def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
     record = files.native
-    method = registry().method(record["method"]["name"])
+    method = _method_of(files)
     config = parse_config(method.name, method.config, record["config"])
     pairing = Pairing(files, method, config, also_train=tuple(record["also_train"]))
     twice = [name for name, count in Counter(entry["name"] for entry in record["sites"]).items() if count > 1]
@@ -133,6 +134,19 @@ def _pair_native(files: AdapterFiles, base: Base) -> Pairing:
         own = config.with_(method.name, entry["config"])
         pairing.sites.append(PairedSite(site_of(layer), own, entry["name"]))
     return pairing
+
+
+def _method_of(files: AdapterFiles) -> Method:
+    """
+    Raises:
+        PluginError: it cannot be had; says what the adapter was made with.
+    """
+    recorded = files.native["method"]
+    try:
+        return registry().method(recorded["name"])
+    except PluginError as error:
+        made = " ".join(str(recorded[key]) for key in ("distribution", "version") if recorded.get(key))
+        raise PluginError(f"{files.directory}: it was made with {made or 'another installation'}: {error}") from None
 
 
 def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str]:

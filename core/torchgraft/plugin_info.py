@@ -59,7 +59,7 @@ def bundled_first(point: EntryPoint) -> tuple[bool, str, str]:
 
 
 def taken(info: PluginInfo, holder: PluginInfo) -> str:
-    return f"the name {info.name!r} of {info} is taken by {holder}; uninstall one of the two"
+    return f"the name {info.name!r} of {info} is taken by {holder}"
 
 
 def is_allowed(name: str) -> bool:

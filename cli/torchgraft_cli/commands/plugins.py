@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -68,7 +69,8 @@ def new(name: str, output: Path | None, as_json: bool) -> None:
         echo_json({"output": str(target), "files": [str(path.relative_to(target)) for path in written]})
         return
     click.echo(f"wrote {target}: {', '.join(str(path.relative_to(target)) for path in written)}")
-    click.echo(f"next: pip install -e '{target}[test]', then adapt plugins check {name}")
+    click.echo(f"next: pip install -e {quote(f'./{target}[test]' if not target.is_absolute() else f'{target}[test]')}")
+    click.echo(f"then: adapt plugins check {name}")
 
 
 @plugins.command()

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+import torchgraft as tg
 from torchgraft import hookimpl
 
 
@@ -39,7 +40,10 @@ def register_commands(commands: click.Group) -> None:
     @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
     def audit(file: Path) -> None:
         """Say how often each hook was called, and how long it took in all."""
-        entries = [json.loads(line) for line in file.read_text().splitlines()]
+        try:
+            entries = [json.loads(line) for line in file.read_text().splitlines()]
+        except ValueError as error:
+            raise click.ClickException(f"{file}: it is no log of torchgraft-audit: {error}") from None
         seconds = Counter[str]()
         for entry in entries:
             seconds[entry["hook"]] += entry["seconds"]
@@ -53,6 +57,9 @@ def _timed(hook: str, **details: Any) -> Generator[None, Any, Any]:
     result = yield
     if file := os.environ.get("TORCHGRAFT_AUDIT"):
         entry = {"hook": hook, **details, "seconds": time.perf_counter() - start}
-        with Path(file).open("a") as log:
-            log.write(json.dumps(entry) + "\n")
+        try:
+            with Path(file).open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise tg.TorchgraftError(f"TORCHGRAFT_AUDIT={file}: it cannot be written: {error.strerror}") from None
     return result
