@@ -224,12 +224,16 @@ def test_a_bias_that_is_shared_is_not_merged_into(how: str) -> None:
 
 
 def test_a_bias_under_two_names_of_one_layer_is_its_own() -> None:
-    layer = nn.Linear(6, 4)
+    layer, x = nn.Linear(6, 4), torch.randn(3, 6)
     model = nn.ModuleDict({"a": layer, "alias": layer})
-    adapter = tg.apply(model, "bitfit", targets=["a"])
+    before, adapter = layer.bias.detach().clone(), tg.apply(model, "bitfit", targets=["a"])
     perturb_(adapter.parameters())
+    expected = model["alias"](x)
     adapter.merge()
+    assert not torch.equal(layer.bias, before)
+    torch.testing.assert_close(model["alias"](x), expected)
     adapter.unmerge()
+    assert torch.equal(layer.bias, before)
 
 
 def test_a_bias_that_cannot_be_written_leaves_the_weight_as_it_was() -> None:
@@ -334,12 +338,19 @@ def test_a_quantized_layer_stays_so_where_only_its_bias_changes() -> None:
 
 
 def test_a_shared_bias_that_is_left_alone_is_no_obstacle() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    model, x = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)}), torch.randn(3, 6)
     model["b"].bias = model["a"].bias
+    weight, bias = model["a"].weight.detach().clone(), model["a"].bias.detach().clone()
     adapter = tg.apply(model, "ia3", targets=["a"], side="input")
     perturb_(adapter.parameters())
+    expected, other = model["a"](x), model["b"](x)
     adapter.merge()
+    assert not torch.equal(model["a"].weight, weight)
+    assert torch.equal(model["a"].bias, bias)
+    torch.testing.assert_close(model["a"](x), expected)
+    torch.testing.assert_close(model["b"](x), other, rtol=0, atol=0)
     adapter.unmerge()
+    assert torch.equal(model["a"].weight, weight)
 
 
 def test_shared_biases_are_found_quickly_in_one_piece_of_memory() -> None:

@@ -31,7 +31,7 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
     base = base_of_module(model)
     files = read_adapter(directory)
     pairing = pair(files, base).demand(base)
-    if files.native and pairing.other_plugin:
+    if pairing.other_plugin:
         warnings.warn(pairing.other_plugin, TorchgraftWarning, stacklevel=2)
     state = files.read_state()
     tensors = AdapterTensors(pairing)

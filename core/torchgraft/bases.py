@@ -98,7 +98,7 @@ class Pairing:
     @property
     def other_plugin(self) -> str:
         """Which other plugin, or version of it, the adapter was made with; or "". The bundled ones read what earlier ones wrote."""
-        recorded, info = self.files.native["method"], registry().info(self.method.name)
+        recorded, info = self.files.native.get("method", {}), registry().info(self.method.name)
         made = (recorded.get("distribution", ""), recorded.get("version", ""))
         if made == (info.distribution, info.version) or made[0] == info.distribution == DISTRIBUTION or not made[0]:
             return ""

@@ -139,7 +139,7 @@ class _Merged:
         self._undo = UndoReader(self._root / CORRECTIONS)
         self._pairings = _pairings(checkpoint, record)
         for pairing in self._pairings:
-            if pairing.files.native and pairing.other_plugin:
+            if pairing.other_plugin:
                 warnings.warn(pairing.other_plugin, TorchgraftWarning, stacklevel=3)
         self._tensors = [AdapterTensors(pairing) for pairing in self._pairings]
         self._sites: dict[str, list[tuple[int, PairedSite]]] = {}
