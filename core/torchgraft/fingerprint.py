@@ -83,7 +83,7 @@ def _digest(sample: bytes, dtype: str) -> str:
 
 def _to_bfloat16(sample: bytes, dtype: str) -> np.ndarray[Any, Any]:
     """To nearest, ties to even, as the upper half of the float32."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling NaN
         narrow = np.frombuffer(sample, dtype).astype(np.float32)
     bits = narrow.view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
