@@ -288,5 +288,5 @@ def test_peft_and_we_compute_the_same_on_the_same_4_bit_weights(writer: str, tmp
         adapter.save(tmp_path)
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).train()  # in eval, CPUs with AVX512-BF16 round once more
     assert {type(m).__module__ for m in theirs.modules() if hasattr(m, "base_layer")} == {"peft.tuners.lora.bnb"}
-    assert error(ours(x), theirs(x)) < 1e-3
+    assert error(ours(x), theirs(x)) < 6e-3  # PEFT rounds the change to bfloat16 before it adds it
     assert error(ours(x), base) > 0.1

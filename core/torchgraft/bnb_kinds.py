@@ -90,6 +90,7 @@ class Linear8bitLt(Quantized):
     """bitsandbytes.nn.Linear8bitLt: LLM.int8(), one scale for each row."""
 
     name = "Linear8bitLt"
+    returns_new = False  # but a view
 
     def unfit(self, module: nn.Module) -> str:
         if module.state.has_fp16_weights:  # type: ignore[union-attr]

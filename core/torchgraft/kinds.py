@@ -9,6 +9,7 @@ torch is imported where it is called: a kind's arithmetic on shapes serves check
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
@@ -73,6 +74,26 @@ class Kind(ABC):
             module, self.project_in(module, x, matrix), torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
         )
 
+    def low_rank(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor],
+        a: Tensor,
+        b: Tensor,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        gain: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """gain·(W + scale·B·A)·x + bias, where `base(x)` is W·x + bias; in the dtype of `base(x)`.
+
+        Computed in the wider type of `base(x)` and A, and rounded once. `gain` and `bias` come as from `broadcast`.
+        """
+        h = base(x)
+        update = self.project_out(module, scale * self.project_in(module, x, a, dropout), b)
+        return with_gain(h + update, gain, bias).to(h.dtype)
+
     def dropout(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
         """The layer's input with entries dropped, in training."""
         return dropped(x, p, module)
@@ -117,6 +138,15 @@ def dropped(x: Tensor, p: float, module: nn.Module) -> Tensor:
     from torch.nn import functional as F
 
     return F.dropout(x, p) if p and module.training else x
+
+
+def with_gain(h: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+    """gain·(h - bias) + bias, in a form that is `h` to the last bit where `gain` is 1."""
+    import torch
+
+    if gain is None:
+        return h
+    return h * gain if bias is None else torch.addcmul((1 - gain) * bias, h, gain)
 
 
 def kind_of(module: nn.Module, kinds: tuple[Kind, ...]) -> tuple[Kind | None, str]:

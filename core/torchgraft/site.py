@@ -137,6 +137,27 @@ class Site:
         """B (out_features, r) applied to the result of `project_in`: for a Linear, (…, r) → (…, out)."""
         return self.kind.project_out(self._module, h, b)
 
+    def low_rank(
+        self,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor],
+        a: Tensor,
+        b: Tensor,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        gain: Tensor | None = None,
+    ) -> Tensor:
+        """`base(x)` with scale·B·A added to the layer's weight, and each row of that times `gain` (out_features,).
+
+            h = gain·(W + s·B·A)·x + bias        where base(x) = W·x + bias; in its dtype
+
+        The same as by `base`, `project_in` and `project_out`, but with fewer passes over memory and less kept for backward.
+        """
+        if gain is None:
+            return self.kind.low_rank(self._module, x, base, a, b, scale, dropout)
+        bias = self.bias if self.bias is None else self.broadcast(self.bias)
+        return self.kind.low_rank(self._module, x, base, a, b, scale, dropout, self.broadcast(gain), bias)
+
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The layer's own operation with `matrix` (out_features, in_features) for its weight, and without its bias.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.kinds import Kind, Shape, dropped
+from torchgraft.kinds import Kind, Shape, dropped, with_gain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -15,6 +16,8 @@ class Linear(Kind):
     """nn.Linear: weight (out, in)."""
 
     name = "Linear"
+    returns_new = True
+    """Whether the layer's own forward returns a tensor that nothing else holds, and that autograd lets be written to."""
 
     def module_class(self) -> type[nn.Module] | None:
         from torch import nn
@@ -43,6 +46,33 @@ class Linear(Kind):
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return self.project_in(module, x, matrix)
 
+    def low_rank(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor],
+        a: Tensor,
+        b: Tensor,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        gain: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """As in `Kind`, by one product that adds to what the layer returned: no tensor of (…, out) is made for the update."""
+        from torch.nn import functional as F
+
+        # A view of the output is not written to: autograd would make two copies of it. And a layer's output for rows is the
+        # same to the last bit as for x only if torch does no other sum there: not if x is strided, or has more dimensions.
+        alone = self.returns_new and not _traced() and x.dim() < 4 and x.is_contiguous() and _is_own_forward(base, self.module_class())
+        rows = _rows(x)
+        u = self.project_in(module, rows, a, dropout)
+        h = base(rows) if alone else _rows(base(x))
+        if u.dtype == h.dtype:  # autocast has made u of h's type, and would leave B as it is
+            y = (h.addmm_ if alone else h.addmm)(u, b.to(h.dtype).t(), alpha=scale)
+        else:
+            y = h + F.linear(scale * u, b)
+        return with_gain(y, gain, bias).to(h.dtype).view(*x.shape[:-1], y.shape[-1])
+
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         import torch
         from torch import nn
@@ -69,6 +99,7 @@ class Conv1D(Transposed, Linear):
     """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): GPT-2 and its kin."""
 
     name = "Conv1D"
+    returns_new = False  # but a view
 
     def module_class(self) -> type[nn.Module] | None:
         import sys
@@ -196,6 +227,22 @@ class ConvNd(Kind):
             make(8, 8, 1, padding=1, padding_mode="circular"),
         ]
         return [(layer, torch.randn(3, layer.in_channels, *(6, 5, 4)[: self.dimensions])) for layer in layers]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _is_own_forward(base: Callable[[Tensor], Tensor], cls: type[nn.Module] | None) -> bool:
+    """Whether `base` is the plain forward of a layer of class `cls`, with no other adapter between."""
+    return cls is not None and getattr(base, "__func__", None) is cls.forward
+
+
+def _traced() -> bool:
+    """Whether a compiler looks on, or one of torch.func's transforms: under vmap a tensor may not be written to."""
+    import torch
+
+    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
 
 
 KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))

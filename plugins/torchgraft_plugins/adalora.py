@@ -67,12 +67,10 @@ def adapter_init(site: tg.Site, config: AdaloraConfig, generator: Generator) -> 
 def adapter_forward(
     site: tg.Site, config: AdaloraConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    h = base(x)
     if config.r == 0:
-        return h
+        return base(x)
     a, b = _factors(params)
-    update = site.project_out(site.project_in(x, a, config.dropout), b)
-    return h + (config.scale * update).to(h.dtype)
+    return site.low_rank(x, base, a, b, config.scale, config.dropout)
 
 
 @hookimpl

@@ -5,7 +5,7 @@
 m starts at ‖W₀‖, so that training starts at the pretrained model. As in the paper's §4.3 the norm gets no gradient.
 Neither B·A nor W' is ever built in forward: with V = W₀ + s·B·A and g = m / ‖V‖,
 
-    h = W₀·x + (g - 1)·W₀·x + g·s·B·A·x
+    h = g·(W₀·x + s·B·A·x)
     ‖V‖² = ‖W₀‖² + 2s·⟨W₀·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩        row by row
 
 With dropout, all of the change sees the dropped input, as in the authors' code: h = W₀·x + (W' - W₀)·drop(x). A row of W₀
@@ -84,14 +84,14 @@ def adapter_forward(
     site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
 ) -> Tensor:
     a, b = tg.factors(params)
-    h = base(x)  # before the norm: bitsandbytes may repack a 4-bit weight in its forward, and round it
-    g = site.broadcast(_gain(site, config, params))
+    g = _gain(site, config, params)
     dropped = site.dropout(x, config.dropout)
-    plain = h if dropped is x else base(dropped)
+    if dropped is x:  # an Embedding's too: of its input nothing can be dropped, but of what is looked up in A
+        return site.low_rank(x, base, a, b, config.scale, config.dropout, g)
+    h, g, plain = base(x), site.broadcast(g), base(dropped)
     if site.bias is not None:
         plain = plain - site.broadcast(site.bias)
-    left = config.dropout if dropped is x else 0.0  # of an Embedding, what is looked up in A is dropped
-    update = site.project_out(site.project_in(dropped, a, left), b)
+    update = site.project_out(site.project_in(dropped, a), b)
     return h + ((g - 1) * plain + g * config.scale * update).to(h.dtype)
 
 

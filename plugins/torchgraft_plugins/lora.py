@@ -46,9 +46,7 @@ def adapter_forward(
     site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
 ) -> Tensor:
     a, b = tg.factors(params)
-    h = base(x)
-    update = site.project_out(site.project_in(x, a, config.dropout), b)
-    return h + (config.scale * update).to(h.dtype)
+    return site.low_rank(x, base, a, b, config.scale, config.dropout)
 
 
 @hookimpl
