@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from torchgraft.manager import Registry as Registry, registry as registry
     from torchgraft.method import Method as Method, PeftFormat as PeftFormat
+    from torchgraft.per_sample import per_sample as per_sample
     from torchgraft.planning import Plan as Plan, plan as plan
     from torchgraft.quantization import Quantization as Quantization
     from torchgraft.quantized_loading import load_quantized as load_quantized
@@ -67,6 +68,7 @@ _HOMES = {
     "kinds": "Kind",
     "lowrank": "LowRankPeft factor_shapes factors init_factors scaled_param_groups",
     "method": "Method PeftFormat",
+    "per_sample": "per_sample",
     "planning": "Plan plan",
     "manager": "Registry registry",
     "quantization": "Quantization",

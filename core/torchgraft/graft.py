@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from torchgraft.manager import registry
 from torchgraft.shared import SharedTensors
 from torchgraft.site import Site
 from torchgraft.weights import exactly, widened
+
+if TYPE_CHECKING:
+    from torchgraft.per_sample import Routes
 
 CHILD = "adapters"
 
@@ -73,6 +76,8 @@ class Stack:
         return [tensor for part in self._parts() for tensor in part.params().values()]
 
     def _parts(self) -> list[SitePart]:
+        if getattr(self.module, "_graft_routes", None) is not None:
+            return []  # each sample goes through one adapter
         before = takewhile(lambda part: part is not self.end, parts_of(self.module))
         return [part for part in before if isinstance(part, SitePart) and part.runs]
 
@@ -144,10 +149,14 @@ class Grafted(nn.Module):
     """Mixed into the class of a module that carries adapters."""
 
     _torchgraft = True
+    _graft_routes: Routes | None = None
+    """Set where each sample of a batch has an adapter of its own."""
     adapters: nn.ModuleDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         layer: Callable[..., Any] = super().forward
+        if self._graft_routes is not None:
+            return self._graft_routes.forward(layer, self, *args, **kwargs)
         for part in parts_of(self):
             if part.runs:
                 layer = partial(part.adapted, layer)
@@ -207,7 +216,12 @@ def detach(module: nn.Module, name: str) -> None:
 
 def parts_of(module: nn.Module) -> list[Part]:
     """What sits on `module`, in the order in which it was attached."""
-    return cast(list[Part], list(_container(module).values())) if isinstance(module, Grafted) else []
+    return list(named_parts(module).values())
+
+
+def named_parts(module: nn.Module) -> dict[str, Part]:
+    """By the adapter's name, in the order in which they were attached."""
+    return cast(dict[str, Part], _container(module)._modules) if isinstance(module, Grafted) else {}
 
 
 @dataclass
@@ -236,7 +250,7 @@ def become(module: nn.Module, form: Form) -> None:
     module.__class__ = _grafted_class(form.cls) if isinstance(module, Grafted) else form.cls
 
 
-_MODULE_MEMBERS = frozenset(nn.Module().__dict__) | {"_graft_hook"}
+_MODULE_MEMBERS = frozenset(nn.Module().__dict__) | {"_graft_hook", "_graft_routes"}
 """The plain members that every module has."""
 
 
