@@ -149,6 +149,13 @@ def with_gain(h: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     return h * gain if bias is None else torch.addcmul((1 - gain) * bias, h, gain)
 
 
+def traced() -> bool:
+    """Whether a compiler looks on, or one of torch.func's transforms: what is computed then is not to be written to, nor kept."""
+    import torch
+
+    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
+
+
 def kind_of(module: nn.Module, kinds: tuple[Kind, ...]) -> tuple[Kind | None, str]:
     """The kind of `module`, or None and, where it looks like one that could be adapted, why not."""
     for kind in kinds:

@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torchgraft.errors import AttachError
-from torchgraft.kinds import Kind, Shape
+from torchgraft.kinds import Kind, Shape, traced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,7 +121,7 @@ class Site:
         import torch
 
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        if trained or torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in inputs):
+        if trained or traced() or any(tensor.is_inference() for tensor in inputs):
             self.memo.pop(key, None)
             return compute()
         versions = [(tensor._version, tensor.data_ptr(), _steps() if tensor.requires_grad else 0) for tensor in inputs]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.kinds import Kind, Shape, dropped, with_gain
+from torchgraft.kinds import Kind, Shape, dropped, traced, with_gain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Linear(Kind):
 
         # A view of the output is not written to: autograd would make two copies of it. And a layer's output for rows is the
         # same to the last bit as for x only if torch does no other sum there: not if x is strided, or has more dimensions.
-        alone = self.returns_new and not _traced() and x.dim() < 4 and x.is_contiguous() and _is_own_forward(base, self.module_class())
+        alone = self.returns_new and not traced() and x.dim() < 4 and x.is_contiguous() and _is_own_forward(base, self.module_class())
         rows = _rows(x)
         u = self.project_in(module, rows, a, dropout)
         h = base(rows) if alone else _rows(base(x))
@@ -235,13 +235,6 @@ def _rows(x: Tensor) -> Tensor:
 def _is_own_forward(base: Callable[[Tensor], Tensor], cls: type[nn.Module] | None) -> bool:
     """Whether `base` is the plain forward of a layer of class `cls`, with no other adapter between."""
     return cls is not None and getattr(base, "__func__", None) is cls.forward
-
-
-def _traced() -> bool:
-    """Whether a compiler looks on, or one of torch.func's transforms: under vmap a tensor may not be written to."""
-    import torch
-
-    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
 
 
 KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))

@@ -140,7 +140,7 @@ def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor])
     with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # torch has none for meta
         along = torch.cat([rows.to(wide) @ a.T for rows in site.weight_blocks()])
         frozen = site.cached("squared norm", site.weight_tensors(), lambda: torch.cat([*map(_squared_norm, site.weight_blocks())]))
-        change = along.addmm_(b, a @ a.T, beta=2 * s, alpha=s * s)
+        change = along.addmm(b, a @ a.T, beta=2 * s, alpha=s * s)
         squared: Tensor = frozen + torch.linalg.vecdot(change, b)
         return squared.clamp_(min=0).sqrt_().to(wide)
 
