@@ -61,16 +61,23 @@ class Linear(Kind):
         """As in `Kind`, by one product that adds to what the layer returned: no tensor of (…, out) is made for the update."""
         from torch.nn import functional as F
 
+        from torchgraft.mixed import autocast, is_wider, wide_low_rank
+
         # A view of the output is not written to: autograd would make two copies of it. And a layer's output for rows is the
         # same to the last bit as for x only if torch does no other sum there: not if x is strided, or has more dimensions.
         alone = self.returns_new and not traced() and x.dim() < 4 and x.is_contiguous() and _is_own_forward(base, self.module_class())
         rows = _rows(x)
-        u = self.project_in(module, rows, a, dropout)
         h = base(rows) if alone else _rows(base(x))
-        # Under autocast u is of h's type, and B is not; it leaves the two sums alone, and would narrow B.
-        add = h.addmm_ if alone else h.addmm
-        y = add(u, b.to(h.dtype).t(), alpha=scale) if u.dtype == h.dtype else h + F.linear(scale * u, b)
-        return with_gain(y, gain, bias).to(h.dtype).view(*x.shape[:-1], y.shape[-1])
+        if rows.dtype == h.dtype and is_wider(a, h) and not traced() and not autocast(h):
+            shift = None if gain is None or bias is None else (1 - gain) * bias
+            y = wide_low_rank(h, dropped(rows, dropout, module), a, b, scale, gain, shift)
+        else:
+            u = self.project_in(module, rows, a, dropout)
+            # Under autocast u is of h's type, and B is not; it leaves the two sums alone, and would narrow B.
+            add = h.addmm_ if alone else h.addmm
+            y = add(u, b.to(h.dtype).t(), alpha=scale) if u.dtype == h.dtype else h + F.linear(scale * u, b)
+            y = with_gain(y, gain, bias).to(h.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         import torch

@@ -142,7 +142,7 @@ def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor])
         frozen = site.cached("squared norm", site.weight_tensors(), lambda: torch.cat([*map(_squared_norm, site.weight_blocks())]))
         change = along.addmm(b, a @ a.T, beta=2 * s, alpha=s * s)
         squared: Tensor = frozen + torch.linalg.vecdot(change, b)
-        return squared.clamp_(min=0).sqrt_().to(wide)
+        return squared.clamp(min=0).sqrt().to(wide)
 
 
 def _squared_norm(weight: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+"""A low-rank change in 32 bits on a layer that computes in 16, as a mixed training has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class WideLowRank(torch.autograd.Function):
+    """gain·(h + s·(x·Aᵀ)·Bᵀ) + shift for rows, computed in the type of A and B and rounded once, to that of `h`.
+
+        h (rows, out), x (rows, in), A (r, in), B (out, r); gain and shift (out,), or None for 1 and 0
+
+    Left to autograd, copies in the wide type of `x` and of the sum would be kept for backward, in each layer. Here `x` and `h`
+    are kept as they are, and widened again. The gradient can be differentiated in turn.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+        u = x.to(a.dtype) @ a.t()
+        ctx.save_for_backward(h if gain is not None else None, x, u, a, b, gain)
+        ctx.scale = scale
+        y = h + scale * (u @ b.t()) if gain is None else gain * (h + scale * (u @ b.t()))
+        return (y if shift is None else y + shift).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        h, x, u, a, b, gain = ctx.saved_tensors
+        grad, wide, grad_gain = grads[0].to(b.dtype), x.to(a.dtype), None
+        if torch.is_grad_enabled():  # what was kept has no graph
+            u = wide @ a.t()
+        grad_shift = grad.sum(0) if ctx.needs_input_grad[6] else None
+        if gain is not None:
+            grad_gain = torch.linalg.vecdot(grad, h + ctx.scale * (u @ b.t()), dim=0) if ctx.needs_input_grad[5] else None
+            grad = grad * gain
+        grad_u = ctx.scale * (grad @ b)
+        grad_x = (grad_u @ a).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return grad.to(grads[0].dtype), grad_x, grad_u.t() @ wide, ctx.scale * (grad.t() @ u), None, grad_gain, grad_shift
+
+
+def wide_low_rank(h: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor | None, shift: Tensor | None) -> Tensor:
+    y: Tensor = WideLowRank.apply(h, x, a, b, scale, gain, shift)  # type: ignore[no-untyped-call]
+    return y
+
+
+def is_wider(a: Tensor, h: Tensor) -> bool:
+    return torch.promote_types(a.dtype, h.dtype) != h.dtype
+
+
+def autocast(x: Tensor) -> bool:
+    """Whether products on the device of `x` are narrowed by autocast."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
