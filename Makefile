@@ -54,6 +54,7 @@ pictures: .venv/demo
 bench: .venv/bench
 	$(BIN)/python docs/benchmarks/headers.py
 	$(BIN)/python docs/benchmarks/merge.py
+	$(BIN)/python docs/benchmarks/speed.py
 
 bench-methods: .venv/bench
 	$(BIN)/python docs/benchmarks/methods.py

@@ -69,7 +69,7 @@ def adapter_forward(  # type: ignore[empty-body]
     """The adapted layer's output for the input `x`, in the dtype of `base(x)`. Called in every forward pass.
 
     `base(x)` is the output without this adapter. `site.project_in` and `site.project_out` apply factors in the layer's
-    own way, convolution or look-up. Do not change `x` or `base(x)` in place.
+    own way, convolution or look-up; `site.low_rank` adds what they give, the fast way. Do not change `x` or `base(x)` in place.
     """
 
 

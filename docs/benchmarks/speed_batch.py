@@ -1,0 +1,49 @@
+"""A batch whose samples go through different adapters, beside one in which all go through the same, and beside PEFT."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import peft
+import torch
+from speed_rows import ALPHA, LINEARS, RANK, base, ours, timed
+
+import torchgraft as tg
+
+HIDDEN, LAYERS, TOKENS, SAMPLES = 768, 2, 32, 16
+COUNTS = (1, 2, 4, 8, 16)
+"""Different adapters in the batch."""
+
+
+def measure(repetitions: int) -> dict[str, Any]:
+    names = [f"a{number}" for number in range(max(COUNTS))]
+    mine, bare = base(HIDDEN, LAYERS, 32, torch.float32).eval(), base(HIDDEN, LAYERS, 32, torch.float32).eval()
+    single = ours(base(HIDDEN, LAYERS, 32, torch.float32), "lora", torch.float32).eval()
+    for name in names:
+        tg.apply(mine, "lora", LINEARS, rank=RANK, alpha=ALPHA, name=name, init="swapped")
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, init_lora_weights=False)
+    theirs = peft.get_peft_model(base(HIDDEN, LAYERS, 32, torch.float32), config, adapter_name=names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, config)
+    theirs.eval()
+    x = torch.randn(SAMPLES, TOKENS, HIDDEN)
+
+    def routed(count: int) -> None:
+        with tg.per_sample(mine, [names[sample % count] for sample in range(SAMPLES)]):
+            mine(inputs_embeds=x)
+
+    def peft_routed(count: int) -> None:
+        theirs(inputs_embeds=x, adapter_names=[names[sample % count] for sample in range(SAMPLES)])
+
+    calls: dict[str, Any] = {"frozen": lambda: bare(inputs_embeds=x), "one adapter, active": lambda: single(inputs_embeds=x)}
+    for count in COUNTS:
+        calls |= {f"per_sample, {count}": lambda count=count: routed(count), f"PEFT, {count}": lambda count=count: peft_routed(count)}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for repetition in range(repetitions + 2):
+            for name in random.sample(list(calls), len(calls)):
+                seconds = timed(calls[name])
+                if repetition > 1:
+                    found[name].append(seconds)
+    return {"samples": SAMPLES, "tokens": TOKENS, "hidden": HIDDEN, "times": found}
