@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -77,6 +77,18 @@ class Site:
         weight = to_canonical(self.kind, self.stored_weight())
         return weight if self.beneath is None else self.beneath.merged(weight)
 
+    def weight_blocks(self) -> Iterator[Tensor]:
+        """`weight` in blocks of rows. One in 16 bits is widened block by block, so that it is never there as a whole in 32."""
+        from torchgraft.blocks import row_blocks
+
+        stored = self.stored_weight()
+        matrix = self.kind.to_canonical(stored)
+        if (self.beneath is not None and self.beneath.names()) or matrix.element_size() > 2:
+            yield self.weight()
+            return
+        for rows in row_blocks(*matrix.shape, matrix.device):
+            yield _widened(matrix[rows])
+
     def weight_tensors(self) -> list[Tensor]:
         """The tensors that `weight` depends on, for `cached`."""
         weight: Tensor = self._module.weight  # type: ignore[assignment]
@@ -114,6 +126,8 @@ class Site:
             return compute()
         versions = [(tensor._version, tensor.data_ptr(), _steps() if tensor.requires_grad else 0) for tensor in inputs]
         kept = self.memo.get(key)
+        if kept is not None and kept[2].is_inference() and torch.is_grad_enabled():
+            kept = None  # autograd does not take it
         if kept is None or kept[1] != versions or any(old is not new for old, new in zip(kept[0], inputs, strict=True)):
             kept = self.memo[key] = (list(inputs), versions, compute())
         value: Tensor = kept[2]
@@ -192,7 +206,10 @@ def _steps() -> int:
 
 def to_canonical(kind: Kind, stored: Tensor) -> Tensor:
     """`stored` as a matrix (out_features, in_features) in float32, or in float64 if it is stored so."""
+    return _widened(kind.to_canonical(stored))
+
+
+def _widened(tensor: Tensor) -> Tensor:
     import torch
 
-    wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
-    return kind.to_canonical(stored).to(wide)
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)

@@ -67,10 +67,9 @@ class Linear(Kind):
         rows = _rows(x)
         u = self.project_in(module, rows, a, dropout)
         h = base(rows) if alone else _rows(base(x))
-        if u.dtype == h.dtype:  # autocast has made u of h's type, and would leave B as it is
-            y = (h.addmm_ if alone else h.addmm)(u, b.to(h.dtype).t(), alpha=scale)
-        else:
-            y = h + F.linear(scale * u, b)
+        # Under autocast u is of h's type, and B is not; it leaves the two sums alone, and would narrow B.
+        add = h.addmm_ if alone else h.addmm
+        y = add(u, b.to(h.dtype).t(), alpha=scale) if u.dtype == h.dtype else h + F.linear(scale * u, b)
         return with_gain(y, gain, bias).to(h.dtype).view(*x.shape[:-1], y.shape[-1])
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:

@@ -128,20 +128,20 @@ def _direction(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: T
 def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
     """g = m / ‖V‖ (out,), with a gradient for m alone."""
     tensors = [*params.values(), *site.weight_tensors()]
-    return _ratio(params["m"], site.cached(f"norm at {config.scale}", tensors, lambda: _norm(site, config, params)))
+    return site.cached(f"gain at {config.scale}", tensors, lambda: _ratio(params["m"], _norm(site, config, params)))
 
 
 def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
     """‖W₀ + s·B·A‖ by row, without building B·A."""
     import torch
 
-    a, b = (factor.detach() for factor in tg.factors(params))
-    s, w = config.scale, site.weight()
-    with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):  # torch has none for meta
-        a, b = a.to(w.dtype), b.to(w.dtype)
-        frozen = site.cached("squared norm", site.weight_tensors(), lambda: _squared_norm(w))
-        squared = frozen + 2 * s * ((w @ a.T) * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
-        return squared.clamp(min=0).sqrt().to(w.dtype)
+    s, wide = config.scale, torch.promote_types(params["m"].dtype, torch.float32)
+    a, b = (factor.detach().to(wide) for factor in tg.factors(params))
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # torch has none for meta
+        along = torch.cat([rows.to(wide) @ a.T for rows in site.weight_blocks()])
+        frozen = site.cached("squared norm", site.weight_tensors(), lambda: torch.cat([*map(_squared_norm, site.weight_blocks())]))
+        change = along.addmm_(b, a @ a.T, beta=2 * s, alpha=s * s)
+        return (frozen + torch.linalg.vecdot(change, b)).clamp_(min=0).sqrt_().to(wide)
 
 
 def _squared_norm(weight: Tensor) -> Tensor:
