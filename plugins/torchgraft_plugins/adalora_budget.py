@@ -16,7 +16,7 @@ Differences from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +29,15 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+AXIS = {"A": 0, "E": 0, "B": 1}
+"""Along which the triplets lie in each tensor."""
+
+
 def budget_step(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
     config, state = adapter.config, adapter.state
     if state.get("finished"):
         return
-    if all(parameter.grad is None for part in adapter.parts.values() for parameter in part.parameters()):
-        raise tg.AttachError(
-            f"the adapter {adapter.name!r} has no gradients, which adalora's budget needs; call adapter.step(optimizer, step=…) after "
-            "loss.backward() and optimizer.step(), and before optimizer.zero_grad()"
-        )
-    if all(
-        parameter.grad.isfinite().all() for part in adapter.parts.values() for parameter in part.parameters() if parameter.grad is not None
-    ):
-        for part in adapter.parts.values():  # not after a step that a GradScaler skipped
-            _update_importance(state, part, config.beta1, config.beta2)
+    _update_importance(adapter)
     last = config.total_steps - config.final
     if step >= last or (step >= config.warmup and step % config.interval == 0):
         _allocate(adapter, optimizer, step)
@@ -62,18 +57,67 @@ def budget(config: AdaloraConfig, step: int, sites: int, start: int) -> int:
     return int(end + (start - end) * left**3)
 
 
-def _update_importance(state: dict[str, Any], part: tg.SitePart, beta1: float, beta2: float) -> None:
-    """Ī and U of every triplet, the parked ones included, in rows: (r₀, in) for A, (r₀, 1) for E, (r₀, out) for B."""
+def _update_importance(adapter: tg.Adapter) -> None:
+    """Ī and U of every triplet, the parked ones included; they stay where an I is not finite, as after a step that a GradScaler skipped.
+
+    By torch's _foreach functions, as in its optimizers: one call for all tensors. The device is waited for once.
+    """
     import torch
 
-    kept = _kept(state, part)
-    for name, parameter in part.named_parameters():
-        current = torch.zeros(len(kept), _rows(name, parameter).shape[1], device=parameter.device)
-        if parameter.grad is not None:
-            current[kept] = _rows(name, (parameter.detach() * parameter.grad).abs().float())
-        mean, uncertainty = (_kept_beside(state, f"{part.site.name}.{name}.{what}", current) for what in ("sensitivity", "uncertainty"))
-        mean.mul_(beta1).add_(current, alpha=1 - beta1)
-        uncertainty.mul_(beta2).add_((current - mean).abs(), alpha=1 - beta2)
+    current = _importance(adapter)
+    mean, uncertainty = (_averages(adapter, what, current) for what in ("sensitivity", "uncertainty"))
+    sums = [each.sum().to(current[0].device) for each in current]
+    if not torch.stack(sums).sum().isfinite():
+        return
+    torch._foreach_lerp_(mean, current, 1 - adapter.config.beta1)
+    torch._foreach_sub_(current, mean)
+    torch._foreach_abs_(current)
+    torch._foreach_lerp_(uncertainty, current, 1 - adapter.config.beta2)
+
+
+def _importance(adapter: tg.Adapter) -> list[Tensor]:
+    """I of every triplet, in float32 and in the form of the parameters with all r₀ triplets; 0 for what is parked."""
+    import torch
+
+    trained = [(parameter.detach(), parameter.grad) for _, _, parameter in _named(adapter) if parameter.grad is not None]
+    if not trained:
+        raise tg.AttachError(
+            f"the adapter {adapter.name!r} has no gradients, which adalora's budget needs; call adapter.step(optimizer, step=…) after "
+            "loss.backward() and optimizer.step(), and before optimizer.zero_grad()"
+        )
+    products = torch._foreach_mul(*map(list, zip(*trained, strict=True)))
+    torch._foreach_abs_(products)
+    left, found = iter(products), []
+    for part in adapter.parts.values():
+        places = _places(adapter.state, part)
+        for name, parameter in part.tensors().items():
+            own = (next(left) if parameter.grad is not None else torch.zeros_like(parameter, requires_grad=False)).float()
+            found.append(own if places is None else _with_parked(own, AXIS[name], places))
+    return found
+
+
+def _places(state: dict[str, Any], part: tg.SitePart) -> Tensor | None:
+    """Where each of the initial triplets is in the parameters, a parked one after the last; None if all are there in order."""
+    import torch
+
+    kept, device = _kept(state, part), part.tensors()["A"].device
+    if len(kept) == part.config.r:
+        return None
+    return part.site.cached(
+        f"places on {device}", [kept], lambda: torch.where(kept, kept.cumsum(0) - 1, torch.tensor(part.config.r)).to(device)
+    )
+
+
+def _with_parked(kept: Tensor, axis: int, places: Tensor) -> Tensor:
+    """0 for the triplets that are parked."""
+    import torch
+
+    return torch.nn.functional.pad(kept, (0, 1) if axis else (0, 0, 0, 1)).index_select(axis, places)
+
+
+def _averages(adapter: tg.Adapter, what: str, like: list[Tensor]) -> list[Tensor]:
+    named = zip(_named(adapter), like, strict=True)
+    return [_kept_beside(adapter.state, f"{part.site.name}.{name}.{what}", name, each, each) for (part, name, _), each in named]
 
 
 def _scores(state: Mapping[str, Any], site: str) -> Tensor:
@@ -88,20 +132,21 @@ def _allocate(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
     import torch
 
     parts = adapter.parts
-    scores = []
-    for name, part in parts.items():
-        own = _scores(adapter.state, name).cpu()
-        own[own.argsort(descending=True, stable=True)[: part.config.least]] = float("inf")
-        scores.append(own)
-    ends = torch.tensor([0, *map(len, scores)]).cumsum(0).tolist()
+    own = [_scores(adapter.state, name) for name in parts]
+    scores = torch.cat([each.to(own[0].device) for each in own]).cpu()
+    ends = torch.tensor([0, *map(len, own)]).cumsum(0).tolist()
+    bounds = dict(zip(parts, pairwise(ends), strict=True))
+    for name, (first, end) in bounds.items():
+        if least := parts[name].config.least:
+            scores[first:end][scores[first:end].argsort(descending=True, stable=True)[:least]] = float("inf")
     total = budget(adapter.config, step, len(parts), ends[-1])
-    best = torch.cat(scores).argsort(descending=True, stable=True)
+    best = scores.argsort(descending=True, stable=True)
     chosen = torch.zeros(ends[-1], dtype=torch.bool)
-    chosen[best[: max(total, int(torch.cat(scores).isinf().sum()))]] = True
+    chosen[best[: max(total, int(scores.isinf().sum()))]] = True
     changes = {
         name: change
-        for (name, part), (first, end) in zip(parts.items(), pairwise(ends), strict=True)
-        if (change := _reallocated(adapter.state, part, chosen[first:end])) is not None
+        for name, (first, end) in bounds.items()
+        if (change := _reallocated(adapter.state, parts[name], chosen[first:end])) is not None
     }
     adapter.resize(changes, optimizer)
     note(adapter, step, "allocate")
@@ -111,38 +156,56 @@ def _reallocated(state: dict[str, Any], part: tg.SitePart, chosen: Tensor) -> tg
     """Park what is not chosen, and take back what is."""
     import torch
 
-    kept = _kept(state, part).cpu()
+    kept, tensors = _kept(state, part).cpu(), part.tensors()
     if chosen.equal(kept):
         return None
-    place = torch.full((len(kept),), -1).masked_scatter(kept, torch.arange(int(kept.sum())))
-    tensors = {}
-    for name, parameter in part.named_parameters():
-        rows = _rows(name, parameter.detach())
-        parked = _kept_beside(state, f"{part.site.name}.{name}.parked", rows.new_zeros(len(kept), rows.shape[1]))
-        parked[kept] = rows
-        taken = parked[chosen]
-        if name == "E":
-            taken[~kept[chosen]] = 0
-        tensors[name] = taken.T if name == "B" else taken
+    device = tensors["A"].device
+    # of each triplet in [the parameter, what is parked]
+    places = torch.where(kept, kept.cumsum(0) - 1, part.config.r + torch.arange(len(kept)))
+    going, back = kept & ~chosen, chosen & ~kept
+    parking, parked_from, taken_from = (each.to(device) for each in (going.nonzero()[:, 0], places[going], places[chosen]))
+    for name, parameter in tensors.items():
+        own, axis = parameter.detach(), AXIS[name]
+        every = _rows(name, state[f"{part.site.name}.{name}.sensitivity"])
+        parked = _kept_beside(state, f"{part.site.name}.{name}.parked", name, every, own)
+        if len(parking):
+            parked.index_copy_(axis, parking, own.index_select(axis, parked_from))
+        source = torch.cat([own, parked], axis) if back.any() else own
+        tensors[name] = source.index_select(axis, taken_from)
+        if name == "E" and back.any():
+            tensors[name][back[chosen].to(device)] = 0
     state[f"{part.site.name}.kept"] = chosen
-    return tg.Resize(tensors, part.config.at(int(chosen.sum())), carry_rows(place[chosen].tolist()))
+    return tg.Resize(tensors, part.config.at(len(taken_from)), carry_rows(torch.where(kept, places, -1)[chosen]))
+
+
+def _named(adapter: tg.Adapter) -> Iterator[tuple[tg.SitePart, str, Tensor]]:
+    return ((part, name, parameter) for part in adapter.parts.values() for name, parameter in part.tensors().items())
 
 
 def _kept(state: dict[str, Any], part: tg.SitePart) -> Tensor:
     """Which of the initial triplets are in the parameters."""
     import torch
 
-    kept: Tensor = state.setdefault(f"{part.site.name}.kept", torch.ones(part.config.r, dtype=torch.bool))
+    key = f"{part.site.name}.kept"
+    if key not in state:
+        state[key] = torch.ones(part.config.r, dtype=torch.bool)
+    kept: Tensor = state[key]
     return kept
 
 
 def _rows(name: str, tensor: Tensor) -> Tensor:
-    """One row for each triplet."""
-    return tensor.T if name == "B" else tensor
+    """One row for each triplet; and back."""
+    return tensor.T if AXIS[name] else tensor
 
 
-def _kept_beside(state: dict[str, Any], key: str, like: Tensor) -> Tensor:
-    """A tensor of the state on the device of `like`, which has its shape; zeros at first."""
-    state[key] = state[key].to(like.device) if key in state else like.new_zeros(like.shape)
-    found: Tensor = state[key]
+def _kept_beside(state: dict[str, Any], key: str, name: str, shape: Tensor, like: Tensor) -> Tensor:
+    """A tensor that the state has as rows: as a tensor of `shape`, beside `like` and of its dtype; zeros at first."""
+    import torch
+
+    # laid out as the parameter, for arithmetic with it takes twice as long otherwise; what comes from a file is not
+    known = key in state
+    found = _rows(name, state[key]) if known else torch.zeros_like(shape, device=like.device, dtype=like.dtype)
+    if not known or found.device != like.device or found.dtype != like.dtype or not found.is_contiguous():
+        found = found.to(like).contiguous()
+        state[key] = _rows(name, found)
     return found

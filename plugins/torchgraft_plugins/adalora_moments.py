@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torchgraft as tg
@@ -13,18 +14,25 @@ if TYPE_CHECKING:
 HISTORY = "history"
 
 
-def carry_rows(rows: list[int]) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """Moments of the directions that were at `rows` before; -1 is a new one.
+def carry_rows(places: Tensor) -> dict[str, Callable[[Tensor, int], Tensor]]:
+    """Moments of the directions that were at `places` before; -1 is a new one.
 
     A new one starts without momentum, and with the mean square of the others: with 0 its first steps would be too large.
     """
     import torch
 
-    def by_rows(moment: Tensor, power: int) -> Tensor:
-        start = moment.mean(0, keepdim=True) if power == 2 and len(moment) else moment.new_zeros(1, *moment.shape[1:])
-        return torch.cat([moment, start])[torch.tensor(rows, dtype=torch.long, device=moment.device)]
+    fresh = bool((places < 0).any())
 
-    return {"A": by_rows, "E": by_rows, "B": lambda moment, power: by_rows(moment.T, power).T}
+    def along(axis: int, moment: Tensor, power: int) -> Tensor:
+        index = places.to(moment.device)
+        if fresh:
+            size = moment.shape[axis]
+            start = moment.new_zeros([1 if at == axis else length for at, length in enumerate(moment.shape)])
+            moment = torch.cat([moment, moment.mean(axis, keepdim=True) if power == 2 and size else start], axis)
+            index = index % (size + 1)
+        return moment.index_select(axis, index)
+
+    return {"A": partial(along, 0), "E": partial(along, 0), "B": partial(along, 1)}
 
 
 def note(adapter: tg.Adapter, step: int, what: str) -> None:
