@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
+import allocation
 from merge_report import table
 from speed_rows import DORA, FROZEN, LORA, PEFT_DORA, PEFT_LORA
 
@@ -25,7 +26,7 @@ def page(results: Results) -> str:
         forwards=step_tables(results["steps"], "forward"),
         memory=memory_table(results["memory"]),
         batches=batch_table(results["batches"][0]),
-        allocation=allocation_table(results["allocation"][0]),
+        allocation=allocation.table(results["allocation"][0]),
         attaching=seconds_table({name: results["attaching"][0][name] for name in ("torchgraft", "PEFT")}),
         sites=results["attaching"][0]["sites"],
         starting=seconds_table(results["starting"][0]),
@@ -89,13 +90,6 @@ def batch_table(part: Part) -> str:
     return table(["different adapters", "torchgraft", "PEFT"], lines)
 
 
-def allocation_table(part: Part) -> str:
-    return table(
-        ["", "median", "quartiles"],
-        [[name, f"{row['median']:.4g}", f"{row['low']:.4g} to {row['high']:.4g}"] for name, row in part.items()],
-    )
-
-
 def seconds_table(times: Mapping[str, Sequence[float]]) -> str:
     return table(["", "seconds"], [[name, spread(values, ".3f")] for name, values in times.items()])
 
@@ -132,6 +126,11 @@ def targets(results: Results) -> Iterator[tuple[str, str, bool]]:
     yield "DoRA's step has at most 5 % more in memory than LoRA's", f"{min(shares):.2f} to {max(shares):.2f} ×", max(shares) <= 1.05
     yield worst("On NF4, a step with QLoRA takes at most 1.05 × the frozen model's", quantized, "step", LORA, FROZEN, 1.05)
     yield worst("On NF4, a step with DoRA takes at most 1 / 1.5 of the time with PEFT's", quantized, "step", DORA, PEFT_DORA, 1 / 1.5)
+    decisions = results["allocation"][0]
+    _, share, _ = decisions["budget"]["interval"]["ratio"]
+    yield "AdaLoRA's budget, decisions included, takes no longer than PEFT's `update_and_allocate`", f"{share:.2f} ×", share <= 1
+    _, share, _ = decisions["energy"]["share"]["changed"]
+    yield "AdaLoRA's energy takes at most 1 % of the steps between two decisions", f"{share:.2%}", share <= 0.01
     start = results["starting"][0]
     for command, limit in (("adapt --help", 0.15), ("adapt inspect", 0.35)):
         over = median(start[command]) - (median(start["python -c pass"]) if command == "adapt --help" else 0)
@@ -196,6 +195,8 @@ model without adapters.
 {batches}
 
 ## AdaLoRA's decisions
+
+On one thread, with 28 layers, hidden size 768, rank 12 to 8.
 
 {allocation}
 
