@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from torchgraft import fingerprint
 from torchgraft.adapter import Adapter
 from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_tensors import AdapterTensors
@@ -27,6 +28,9 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
         FileFormatError: the directory or a file in it is missing or broken.
         PairingError: the adapter does not fit the model: a tensor is missing, left over or of another shape, or the
             model's weights are not those that it was made for. The model is then unchanged.
+
+    On a model without values (on the meta device) the adapter's tensors stay on the CPU with theirs. The base's come by
+    `model.load_state_dict(state, strict=False, assign=True)`; `to_empty` would take the adapter's away again.
     """
     base = base_of_module(model)
     files = read_adapter(directory)
@@ -46,12 +50,33 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
     adapter = attach(Adapter(model, name, pairing.method.name, pairing.config, chosen), configs, make)
     adapter.state.update(state)
     warn_of_other_weights(pairing, adapter.sites)
+    _keep_fingerprints(adapter, pairing)
     _fill_copies(adapter, pairing, tensors.by_name)
     return adapter
 
 
+def _keep_fingerprints(adapter: Adapter, pairing: Pairing) -> None:
+    """For a save while the weights, on the meta device, do not tell what the adapter was made for."""
+    recorded = {entry["name"]: entry for entry in pairing.files.native.get("sites", [])}
+    for paired in pairing.sites:
+        entry = recorded.get(paired.own_name)
+        if entry is not None and fingerprint.comparable(paired.site.dtype, entry["dtype"]):
+            adapter.parts[paired.site.name].fingerprint = entry["fingerprint"]
+
+
 @torch.no_grad()
 def _fill_copies(adapter: Adapter, pairing: Pairing, tensors: dict[str, Tensor]) -> None:
-    for module, copy in adapter.copies.items():
-        for key, target in copy.module.state_dict().items():
-            target.copy_(tensors[pairing.trained[f"{module}.{key}"]])
+    for name, copy in adapter.copies.items():
+        targets: dict[str, Tensor] = copy.module.state_dict(keep_vars=True)
+        filled: dict[Tensor, Tensor] = {}  # a tensor of two names is one
+        for key, target in targets.items():
+            filled[target] = _filled(target, tensors[pairing.trained[f"{name}.{key}"]])
+        if any(target.is_meta for target in filled):
+            copy.module.load_state_dict({key: filled[target] for key, target in targets.items()}, assign=True)
+
+
+def _filled(target: Tensor, values: Tensor) -> Tensor:
+    """`target` with `values` in it; one on the meta device cannot hold any, and another takes its place."""
+    if not target.is_meta:
+        return target.copy_(values)
+    return nn.Parameter(values.to(target.dtype)) if isinstance(target, nn.Parameter) else values.to(target.dtype)

@@ -96,7 +96,9 @@ def _quantized(adapter: Adapter) -> dict[str, dict[str, Any]]:
 
 def _saved(part: SitePart) -> SavedSite:
     site, beneath = part.site, [] if part.hooks.method.additive or part.site.beneath is None else part.site.beneath.names()
-    if part.undo is not None:
+    if part.site.weight_tensors()[0].is_meta:
+        known = part.fingerprint
+    elif part.undo is not None:
         known = part.undo.fingerprint
     elif part.hooks.method.additive:
         known = frozen_fingerprint(site)

@@ -63,8 +63,9 @@ def apply(
 
     def make(site: Site) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed_of(seed, site.name))
-        with torch.device(_home(site)):
-            return hooks.init(site, configs[site.name], generator)
+        with torch.device(home := _home(site)):
+            tensors = hooks.init(site, configs[site.name], generator)
+        return {key: tensor.to(home) for key, tensor in tensors.items()}
 
     return attach(Adapter(model, name, method, config, chosen), configs, make)
 
@@ -85,13 +86,15 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         if form is not None:
             forms[layer.name] = form
     _share(adapter)
+    in_attention = fused.modules_in_attention(model)
+    whole: dict[nn.Module, str] = {}
     for trained in _runnable(model, base.trained):
-        module = model.get_submodule(trained)
+        whole.setdefault(model.get_submodule(trained), trained)  # one module under two names is one
+    for module, trained in whole.items():
         graft.check_can_attach(name, trained, module)
-        fused.check_forward_runs(model, trained)
+        fused.check_forward_runs(trained, module, in_attention)
         _check_trainable(trained, module)
-        if all(copy.original is not module for copy in adapter.copies.values()):  # one module under two names is one
-            adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
+        adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
     _check_clashes(adapter)
     for layer_name, form in forms.items():
         graft.become(model.get_submodule(layer_name), form)
@@ -154,7 +157,8 @@ def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tu
             f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
         )
     weight: Tensor = module.weight  # type: ignore[assignment]
-    moved = {name: tensors[name].to(weight.device) for name in expected}  # in one order, by which optimizers know parameters
+    ordered = {name: tensors[name] for name in expected}  # by their order optimizers know parameters
+    moved = ordered if weight.is_meta else {name: tensor.to(weight.device) for name, tensor in ordered.items()}
     part = SitePart(replace(site, module=module), adapter.method, config, moved, adapter.hooks.method.buffers)
     return part, None if layer_instead is None else graft.form_of(layer_instead)
 

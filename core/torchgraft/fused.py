@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from torch import nn
 
 from torchgraft.errors import AttachError
@@ -13,15 +15,22 @@ def modules_in_fused_layers(model: nn.Module) -> set[nn.Module]:
     return {child for layer in layers for child in layer.modules()}
 
 
-def check_forward_runs(model: nn.Module, name: str) -> None:
+def modules_in_attention(model: nn.Module) -> set[nn.Module]:
+    """Children of an nn.MultiheadAttention."""
+    return {child for module in model.modules() if isinstance(module, nn.MultiheadAttention) for child in module.children()}
+
+
+def check_forward_runs(name: str, module: nn.Module, in_attention: Container[nn.Module]) -> None:
     """
+    Args:
+        in_attention: what `modules_in_attention` found.
+
     Raises:
         AttachError: nothing calls the module's own forward, so what is put on it would be passed over.
     """
-    module = model.get_submodule(name)
     if "forward" in module.__dict__:
         raise AttachError(f"{name}: its forward was replaced on the instance (by accelerate's hooks?), which would pass over the adapter")
-    if any(isinstance(parent, nn.MultiheadAttention) and module in parent.children() for parent in model.modules()):
+    if module in in_attention:
         raise AttachError(
             f"{name}: it belongs to a MultiheadAttention, which reads its weight and passes over its forward; train that whole"
         )

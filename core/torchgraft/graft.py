@@ -92,6 +92,8 @@ class SitePart(Part):
         self.config: Any = config
         """The method's own class of config."""
         self.shared: SharedTensors | None = None
+        self.fingerprint = ""
+        """Of the weight that the part was made for, as its file has it; empty if it is not known."""
         for name, tensor in tensors.items():
             if hasattr(self, name):
                 raise PluginError(

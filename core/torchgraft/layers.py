@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,9 +66,16 @@ class Layer:
         return (self.name, *self.aliases)
 
 
-def is_inside(name: str, modules: Iterable[str]) -> bool:
-    """Whether `name` is one of `modules` or in one of them."""
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+def outer_names(name: str) -> Iterator[str]:
+    """ "a.b.c" → "a.b.c", "a.b", "a"."""
+    yield name
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def is_inside(name: str, modules: Container[str]) -> bool:
+    """Whether `name` is one of `modules` or in one of them. Of a set it takes as long however many there are."""
+    return any(outer in modules for outer in outer_names(name))
 
 
 def by_name(layers: Iterable[Layer]) -> dict[str, Layer]:

@@ -45,7 +45,8 @@ def full_memory(plan: Plan) -> Memory:
 
 def adapter_memory(plan: Plan, hooks: MethodHooks, configs: Mapping[str, Config]) -> Memory:
     """Of training an adapter; modules that are trained whole are copied, and trained beside it."""
-    whole = [layer for layer in plan.layers if is_inside(layer.name, plan.trained)]
+    inside = frozenset(plan.trained)
+    whole = [layer for layer in plan.layers if is_inside(layer.name, inside)]
     copied = sum(layer.bytes for layer in whole)
     weights = sum(_frozen_bytes(layer, configs.get(layer.name)) for layer in plan.layers)
     numbers, trained, kept = sum(layer.params for layer in whole), copied, copied

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchgraft import dtypes, graft
 from torchgraft.kinds import Kind, kind_of
-from torchgraft.layers import Layer
+from torchgraft.layers import Layer, is_inside
 
 
 def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
@@ -50,12 +50,10 @@ def own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's `state_dict` without what adapters have added."""
-    added = [
-        f"{name}.{graft.CHILD}." if name else f"{graft.CHILD}."
-        for name, child in named_base_modules(module)
-        if isinstance(child, graft.Grafted)
-    ]
-    return {key: tensor for key, tensor in module.state_dict().items() if not key.startswith(tuple(added))}
+    added = {
+        f"{name}.{graft.CHILD}" if name else graft.CHILD for name, child in named_base_modules(module) if isinstance(child, graft.Grafted)
+    }
+    return {key: tensor for key, tensor in module.state_dict().items() if not is_inside(key, added)}
 
 
 def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tuple[Kind, ...], fused: bool, counted: set[int]) -> Layer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torchgraft.config import parse_config
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import PairingError, PluginError
 from torchgraft.kinds import Shape
-from torchgraft.layers import Layer, is_inside
+from torchgraft.layers import Layer, is_inside, outer_names
 from torchgraft.manager import registry
 from torchgraft.method import Method
 from torchgraft.naming import Naming, own_names
@@ -188,19 +188,30 @@ def _check_tensors(pairing: Pairing, base: Base) -> None:
         )
         pairing.problems += [problem for problem in problems if problem]
     absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # a problem already
+    whole, saved = frozenset(pairing.also_train), frozenset(files.native.get("also_saved", []))
+    inside_of = _inside(base.tensors, whole)
     for module in pairing.also_train:
-        inside = {name: shape for name, shape in base.tensors.items() if is_inside(name, [module])}
+        inside = {name: base.tensors[name] for name in inside_of.get(module, ())}
         if not inside:
             absent.append(module)
             pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter holds it whole")
         pairing.trained.update({name: prefix + name for name in inside})
         pairing.problems += [p for name, shape in inside.items() if (p := _problem(files, prefix + name, shape))]
         used.update(prefix + name for name in inside)
-    for module in files.native.get("also_saved", []):
-        used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), [module]))
+    used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), saved))
     used.update(name for paired in pairing.sites if (name := _frozen_copy(files, paired)))
     pairing.unused = [name for name in files.shapes if name not in used]
     _add_left_over(pairing, [name for name in pairing.unused if not is_inside(name.removeprefix(prefix), absent)], base)
+
+
+def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[str]]:
+    """Module → the tensors in it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        for outer in outer_names(name):
+            if outer in modules:
+                found[outer].append(name)
+    return found
 
 
 def _prefix(files: AdapterFiles) -> str:

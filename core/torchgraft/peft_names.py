@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from torchgraft.errors import PairingError
-from torchgraft.layers import Layer
+from torchgraft.layers import Layer, is_inside
 from torchgraft.roles import LINEAR_KINDS
 
 PREFIX = "base_model.model."
@@ -68,12 +68,21 @@ def is_target(peft: Mapping[str, Any], layer: Layer) -> bool:
 def saved_modules(wanted: Sequence[str], modules: Iterable[str]) -> list[str]:
     """The outermost modules that PEFT saves whole for `modules_to_save`: it goes by the ends of names, not by segments."""
     found = {name for name in modules if name.endswith(tuple(wanted))} if wanted else set()
-    return sorted(name for name in found if not any(name.startswith(f"{other}.") for other in found))
+    return sorted(name for name in found if not is_inside(name.rpartition(".")[0], found))
 
 
 def in_saved_module(peft: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT leaves `name` out of its targets because it is in a module that is saved whole: it takes names as regexes."""
-    return any(_match(re.match, rf"(^|.*\.){saved}($|\..*)", name, saved) for saved in peft.get("modules_to_save") or [])
+    return any(_match(re.match, expression, name, shown) for shown, expression in _saved(tuple(peft.get("modules_to_save") or ())))
+
+
+@lru_cache(maxsize=8)
+def _saved(wanted: tuple[str, ...]) -> list[tuple[str, str]]:
+    """What to show and the expression, for each of `modules_to_save`; plain names, of which there may be hundreds, are in one."""
+    plain = [saved for saved in wanted if re.fullmatch(r"[\w.]+", saved)]
+    joined = [("|".join(plain), f"(?:{'|'.join(plain)})")] if plain else []
+    others = [(saved, saved) for saved in wanted if saved not in plain]
+    return [(shown, rf"(^|.*\.){body}($|\..*)") for shown, body in (*joined, *others)]
 
 
 def _named(wanted: Any, name: str) -> bool:

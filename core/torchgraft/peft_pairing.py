@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -21,20 +22,18 @@ def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
     method, config = _method_of_peft(files)
     assert method.peft is not None
     also_train = _saved_modules(files, base)
-    pairing = Pairing(files, method, config, also_train=also_train)
-    sites: dict[str, str] = {}
+    pairing, whole = Pairing(files, method, config, also_train=also_train), frozenset(also_train)
+    tensors: dict[str, list[str]] = defaultdict(list)
     for key in files.shapes:
         name = key.removeprefix(peft_names.PREFIX)
         if name == key:
             pairing.problems.append(f"the tensor {key!r} does not start with {peft_names.PREFIX!r}, as PEFT's names do")
-        elif not is_inside(name, also_train):
-            sites[name] = layer_of(name, base.layers)
-    for name in dict.fromkeys(owner for owner in sites.values() if owner):
-        _pair_peft_site(
-            pairing, files, base.layers[name], [peft_names.PREFIX + key for key, owner in sites.items() if owner == name], base.is_module
-        )
+        elif not is_inside(name, whole) and (owner := layer_of(name, base.layers)):
+            tensors[owner].append(key)
+    for name, keys in tensors.items():
+        _pair_peft_site(pairing, files, base.layers[name], keys, base.is_module)
     for layer in dict.fromkeys(base.layers.values()):
-        if layer.kind is not None and layer.name not in sites.values() and peft_names.is_target(files.peft, layer):
+        if layer.kind is not None and layer.name not in tensors and peft_names.is_target(files.peft, layer):
             pairing.problems.append(f"{layer.name}: the adapter's target_modules name this layer, and there is no tensor for it")
     return pairing
 

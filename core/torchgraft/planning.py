@@ -16,6 +16,7 @@ from torchgraft.errors import AttachError, ConfigError, SelectionError, Torchgra
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
+from torchgraft.naming import parent_of
 from torchgraft.selection import name_matcher, near, select
 from torchgraft.site import Site
 
@@ -45,7 +46,8 @@ class Plan:
     @property
     def trained_params(self) -> int:
         """Of the modules that are trained whole."""
-        return sum(layer.params for layer in self.layers if is_inside(layer.name, self.trained))
+        trained = frozenset(self.trained)
+        return sum(layer.params for layer in self.layers if is_inside(layer.name, trained))
 
 
 def plan(
@@ -72,7 +74,8 @@ def plan(
     everything, modules = _contents(source, kinds)
     trained = _trained_modules(also_train, modules)
     patterns = [targets] if isinstance(targets, str) else list(DEFAULT_TARGETS if targets is None else targets)
-    free = [layer for layer in everything if not is_inside(layer.name, trained)]
+    whole = frozenset(trained)
+    free = [layer for layer in everything if not is_inside(layer.name, whole)]
     selection = select(free, patterns, layers, allow_unmatched=allow_unmatched)
     return Plan(tuple(everything), selection.layers, selection.counts, trained)
 
@@ -157,4 +160,4 @@ def _trained_modules(patterns: str | Iterable[str], modules: Sequence[str]) -> t
         if not hits:
             raise SelectionError(f"also_train: {pattern!r} matches no module{near(pattern, (name.rpartition('.')[2] for name in modules))}")
         found.update(dict.fromkeys(hits))
-    return tuple(name for name in found if not is_inside(name, [other for other in found if other != name]))
+    return tuple(name for name in found if not is_inside(parent_of(name), found))

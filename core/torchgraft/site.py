@@ -120,8 +120,10 @@ class Site:
         """
         import torch
 
+        if traced():  # a compiler would make one more graph for each state that it finds the memo in
+            return compute()
         trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        if trained or traced() or any(tensor.is_inference() for tensor in inputs):
+        if trained or any(tensor.is_inference() for tensor in inputs):
             self.memo.pop(key, None)
             return compute()
         versions = [(tensor._version, tensor.data_ptr(), _steps() if tensor.requires_grad else 0) for tensor in inputs]
