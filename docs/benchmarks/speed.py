@@ -19,7 +19,7 @@ from headers import write_sparse
 from llama_files import SHARDS, shards, tensors
 from merge import ADAPT, HERE, SIZES, machine, run, versions
 
-SHAPES = [(768, 4, 256), (768, 4, 1024), (1536, 2, 256), (1536, 2, 1024)]
+SHAPES = [(768, 2, 256), (768, 2, 1024), (1536, 1, 256), (1536, 1, 1024)]
 """Hidden size, layers, tokens."""
 SETTINGS = [(32, "float32"), (4, "float32"), (4, "bfloat16")]
 """Bits of the base, and the type of its products and of the adapter."""
@@ -28,7 +28,7 @@ Part = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=21)
     parser.add_argument("--directory", type=Path, default=HERE, help="where the results are written")
     parser.add_argument("--part", help="measure one part only, with these arguments as JSON, and print JSON")
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS), help="parts to measure; others stay as they were")

@@ -166,7 +166,7 @@ Measured on {machine}: {versions}.
 
 ## A training step
 
-Forward and backward of a Llama-shaped model (4 layers at hidden size 768, 2 at 1536), rank 16 on all seven linear layers of each
+Forward and backward of a Llama-shaped model (2 blocks at hidden size 768, 1 at 1536), rank 16 on all seven linear layers of each
 block, gradients of the activations down to the embeddings. Times are relative to the frozen model's. The second column of the base
 is the type of products and of the adapters.
 

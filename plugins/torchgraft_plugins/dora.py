@@ -149,7 +149,8 @@ def _squared_norm(weight: Tensor) -> Tensor:
     """By row, in float64: m starts as its root, rounded, and every other norm so starts at m to the last bit."""
     import torch
 
-    return torch.cat([rows.double().square().sum(1) for rows in torch.split(weight, 512)])
+    size = len(weight) if weight.is_meta else 512
+    return torch.cat([rows.double().square().sum(1) for rows in torch.split(weight, size)])
 
 
 def _exact_ratio(m: Tensor, norm: Tensor) -> Tensor:
