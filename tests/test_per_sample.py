@@ -164,6 +164,7 @@ def test_other_models_in_the_block_are_left_alone() -> None:
     with tg.per_sample(model, NAMES):
         assert torch.equal(other(TOKENS), want)
         copy = pickle.loads(pickle.dumps(model))
+    assert torch.equal(copy(TOKENS), model(TOKENS)), "it is not in the block"
     with tg.per_sample(copy, NAMES), tg.per_sample(model, NAMES):
         assert torch.equal(copy(TOKENS), model(TOKENS))
 
@@ -175,3 +176,14 @@ def test_compiles_without_a_graph_break() -> None:
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with tg.per_sample(model, ["lora", "dora", None, "lora"]), torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_merge_in_the_block_is_noticed() -> None:
+    model = several(Plain())
+    tg.activate(model, "lora")
+    with tg.per_sample(model, NAMES):
+        tg.adapters(model)["lora"].merge()
+        with pytest.raises(tg.MergeError, match="embed: an adapter was merged within per_sample"):
+            model(TOKENS)
+    tg.adapters(model)["lora"].unmerge()
+    assert all("_graft_routes" not in module.__dict__ for module in model.modules())

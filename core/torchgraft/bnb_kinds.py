@@ -50,6 +50,7 @@ class Linear4bit(Quantized):
     """bitsandbytes.nn.Linear4bit: NF4 or FP4 codes, two to a byte, with one scale for each block."""
 
     name = "Linear4bit"
+    returns_new = True
 
     def unfit(self, module: nn.Module) -> str:
         if getattr(module.weight, "quant_state", None) is None and getattr(module, "quant_state", None) is None:
@@ -90,7 +91,6 @@ class Linear8bitLt(Quantized):
     """bitsandbytes.nn.Linear8bitLt: LLM.int8(), one scale for each row."""
 
     name = "Linear8bitLt"
-    returns_new = False  # but a view
 
     def unfit(self, module: nn.Module) -> str:
         if module.state.has_fp16_weights:  # type: ignore[union-attr]

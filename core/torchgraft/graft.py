@@ -167,6 +167,8 @@ class Grafted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class was made here and has no importable name: rebuild it from the one that has.
         _, arguments, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        if rest and isinstance(rest[0], dict):  # a copy is not in the block that sends samples their ways
+            rest[0] = {key: value for key, value in rest[0].items() if key != "_graft_routes"}
         return (_rebuild, (base_class(self), *arguments[1:]), *rest)
 
 

@@ -88,7 +88,7 @@ class Kind(ABC):
     ) -> Tensor:
         """gain·(W + scale·B·A)·x + bias, where `base(x)` is W·x + bias; in the dtype of `base(x)`.
 
-        Computed in the wider type of `base(x)` and A, and rounded once. `gain` and `bias` come as from `broadcast`.
+        The update is computed in A's type, and in autocast's under autocast. `gain` and `bias` come as from `broadcast`.
         """
         h = base(x)
         update = self.project_out(module, scale * self.project_in(module, x, a, dropout), b)
@@ -153,7 +153,7 @@ def traced() -> bool:
     """Whether a compiler looks on, or one of torch.func's transforms: what is computed then is not to be written to, nor kept."""
     import torch
 
-    return torch.compiler.is_compiling() or bool(torch._C._are_functorch_transforms_active())
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or bool(torch._C._are_functorch_transforms_active())
 
 
 def kind_of(module: nn.Module, kinds: tuple[Kind, ...]) -> tuple[Kind | None, str]:

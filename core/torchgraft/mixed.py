@@ -46,7 +46,7 @@ def wide_low_rank(h: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, gain
 
 
 def is_wider(a: Tensor, h: Tensor) -> bool:
-    return torch.promote_types(a.dtype, h.dtype) != h.dtype
+    return a.dtype != h.dtype and torch.promote_types(a.dtype, h.dtype) == a.dtype
 
 
 def autocast(x: Tensor) -> bool:

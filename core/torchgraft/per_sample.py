@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.adapter import adapters
-from torchgraft.errors import AttachError
+from torchgraft.errors import AttachError, MergeError
 from torchgraft.graft import Grafted, named_parts
 from torchgraft.selection import near
 
@@ -30,7 +30,9 @@ def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterato
             model.generate(**batch_of_four)
 
     Which adapters are active makes no difference there. Every adapted layer must be given the batch in its first dimension; one
-    of three dimensions or more may have a multiple of it, as in a beam search. Not for several threads at once on one model.
+    of three dimensions or more may have a multiple of it, with the rows of a sample side by side, as in a beam search. Backward
+    passes that compute again what was checkpointed belong in the block; attaching, detaching, merging and saving do not. Not for
+    several threads at once on one model.
 
     Args:
         adapter_names: one for each sample; None for the model without an adapter.
@@ -54,7 +56,10 @@ def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterato
         yield
     finally:
         for name, module in grafted.items():
-            module._graft_routes = before[name]
+            if before[name] is None:
+                module.__dict__.pop("_graft_routes", None)
+            else:
+                module._graft_routes = before[name]
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Routes:
     def forward(self, layer: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of `module`, whose own forward is `layer`."""
         parts = {name: part for name, part in named_parts(module).items() if name in self.counts}
+        if any(part.undo is not None for part in named_parts(module).values()):
+            raise MergeError(f"{self.where}: an adapter was merged within per_sample; the layer without it is not at hand; unmerge it")
         if not parts:
             return layer(*args, **kwargs)
         x = self._input(*args, **kwargs)

@@ -16,7 +16,7 @@ class Linear(Kind):
     """nn.Linear: weight (out, in)."""
 
     name = "Linear"
-    returns_new = True
+    returns_new = False
     """Whether the layer's own forward returns a tensor that nothing else holds, and that autograd lets be written to."""
 
     def module_class(self) -> type[nn.Module] | None:
@@ -65,7 +65,9 @@ class Linear(Kind):
 
         # A view of the output is not written to: autograd would make two copies of it. And a layer's output for rows is the
         # same to the last bit as for x only if torch does no other sum there: not if x is strided, or has more dimensions.
-        alone = self.returns_new and not traced() and x.dim() < 4 and x.is_contiguous() and _is_own_forward(base, self.module_class())
+        if x.is_nested:
+            return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias)
+        alone = self.returns_new and not traced() and x.dim() in (2, 3) and x.is_contiguous() and _is_own_forward(base, self.module_class())
         rows = _rows(x)
         h = base(rows) if alone else _rows(base(x))
         if rows.dtype == h.dtype and is_wider(a, h) and not traced() and not autocast(h):
@@ -77,7 +79,7 @@ class Linear(Kind):
             add = h.addmm_ if alone else h.addmm
             y = add(u, b.to(h.dtype).t(), alpha=scale) if u.dtype == h.dtype else h + F.linear(scale * u, b)
             y = with_gain(y, gain, bias).to(h.dtype)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         import torch
@@ -105,7 +107,6 @@ class Conv1D(Transposed, Linear):
     """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): GPT-2 and its kin."""
 
     name = "Conv1D"
-    returns_new = False  # but a view
 
     def module_class(self) -> type[nn.Module] | None:
         import sys
@@ -244,4 +245,10 @@ def _is_own_forward(base: Callable[[Tensor], Tensor], cls: type[nn.Module] | Non
     return cls is not None and getattr(base, "__func__", None) is cls.forward
 
 
-KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))
+class PlainLinear(Linear):
+    """nn.Linear itself, where kinds that derive from `Linear` may have layers that keep what they return."""
+
+    returns_new = True
+
+
+KINDS: tuple[Kind, ...] = (PlainLinear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))
