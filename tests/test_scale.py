@@ -253,7 +253,7 @@ def linear(stage: str, works: list[Work]) -> None:
     """Twice the layers give twice the work, beside what is always the same; a square would give four times as much."""
     (one, two, four) = (work.calls for work in works)
     assert one > 100
-    assert four - two < 2.2 * (two - one), (stage, one, two, four)
+    assert four - two < 2.5 * (two - one), (stage, one, two, four)  # 2 if linear, 4 if quadratic; caches and collections add some
     assert works[-1].compiled <= 1.1 * works[-2].compiled, [work.compiled for work in works]
 
 
