@@ -306,6 +306,14 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert process(sys.executable, "-c", code).stdout == "False True\n"
 
 
+def test_loading_the_commands_for_their_help_loads_no_registry() -> None:
+    code = """import sys
+from torchgraft_cli.main import COMMANDS, adapt
+print(len([adapt.get_command(None, name) for name in COMMANDS]), {"pydantic", "pluggy"} & set(sys.modules))
+"""
+    assert process(sys.executable, "-c", code).stdout == "7 set()\n"
+
+
 @pytest.mark.parametrize("arguments", [["inspect", "X"], ["inspect", "X", "--json"], ["plugins", "show", "lora"], ["--help"]])
 def test_reader_that_went_away_is_no_error(llama: Path, arguments: list[str]) -> None:
     """As in `adapt inspect X | head -1`; exit code 1 would say that adapt has a bug."""

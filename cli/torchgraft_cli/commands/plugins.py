@@ -10,7 +10,6 @@ import click
 
 from torchgraft_cli.main import echo_json, plain
 from torchgraft_cli.options import json_option, parse_settings
-from torchgraft_cli.plugin_facts import described, in_facts, listed, said_of
 
 
 @click.group()
@@ -23,6 +22,7 @@ def plugins() -> None:
 def list_(as_json: bool) -> None:
     """List the plugins, where each comes from, and what is wrong with those that cannot be used."""
     from torchgraft.manager import registry
+    from torchgraft_cli.plugin_facts import listed, said_of
 
     found = registry().plugins()
     if as_json:
@@ -40,6 +40,7 @@ def list_(as_json: bool) -> None:
 def show(name: str, as_json: bool) -> None:
     """Show what the plugin NAME provides; of a method, its options with types, defaults and ranges, and what it can do."""
     from torchgraft.manager import registry
+    from torchgraft_cli.plugin_facts import described, in_facts
 
     document = described(registry().info(name))
     if as_json:
