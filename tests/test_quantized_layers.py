@@ -248,6 +248,38 @@ def test_gradients_are_those_of_the_dense_weight(layer: Callable[[], nn.Module])
     assert module.weight.grad is None
 
 
+@pytest.mark.parametrize("how", [{}, {"bias": False}, {"quant_type": "fp4", "compress_statistics": False}], ids=["nf4", "no bias", "fp4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_dequantised_weight_at_hand_gives_what_the_layer_gives(dtype: str, how: dict[str, Any]) -> None:
+    """To the last bit: output, and the gradients of input and bias."""
+    layer = four_bit(dtype=dtype, compute=dtype, **how).train()
+    kind = tg.apply(nn.Sequential(layer), "lora", ["0"], rank=RANK).sites[0].kind
+    results = []
+    for weight in (None, kind.weight_of(layer)):
+        x = inputs(layer, DTYPES[dtype]).flatten(0, -2).requires_grad_()
+        wanted = [x] if layer.bias is None else [x, layer.bias.requires_grad_()]
+        y = kind.applied(layer, x, type(layer).forward.__get__(layer), weight)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted)])
+        assert ("Product" in type(y.grad_fn).__name__) == (weight is not None)
+    assert_same(*results)
+
+
+def test_dora_dequantises_once_for_norm_and_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = four_bit().train()
+    model, adapter = adapted(layer, "dora")
+    x, weight = inputs(layer).requires_grad_(), decoded(layer)
+    model(x)  # ‖W₀‖² is kept from here on
+    calls = []
+    original = bnb.functional.dequantize_4bit
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *given, **named: calls.append(1) or original(*given, **named))
+    monkeypatch.setattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # it dequantises out of sight
+    y = model(x)
+    assert len(calls) == 1
+    y.sum().backward()
+    assert len(calls) == 2, "the weight is not to be kept for backward"
+    assert error(y, dense(layer, effective(adapter, weight), x)) < 1e-5
+
+
 @repacks
 @pytest.mark.parametrize("moment", ["before the adapter", "with the adapter"])
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])

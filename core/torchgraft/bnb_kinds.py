@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +63,30 @@ class Linear4bit(Quantized):
         return found
 
     def dequantized(self, module: nn.Module) -> Tensor:
+        return self._dequantize(module)()
+
+    def _dequantize(self, module: nn.Module) -> Callable[[], Tensor]:
         import torch
         from bitsandbytes import functional as bnb
 
         packed, state = module.weight.data, _state(module)
-        if getattr(state, "packing_format_for_cpu", False):
+        if _is_repacked(state):
             packed, state = _unpacked(packed, state)  # type: ignore[arg-type]
         wide = copy(state)  # the layer dequantises to what it computes in, without a stop at the type that it was quantised from
         wide.dtype = torch.promote_types(state.dtype, module.compute_dtype or torch.float32)  # type: ignore[arg-type]
-        return bnb.dequantize_4bit(packed, wide).reshape(state.shape)  # type: ignore[arg-type]
+        return lambda: bnb.dequantize_4bit(packed, wide).reshape(state.shape)  # type: ignore[arg-type]
+
+    def applied(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], weight: Tensor | None) -> Tensor:
+        """By a product with `weight` in training on a CPU, as bitsandbytes does it there. Elsewhere it may read the codes."""
+        from torchgraft.mixed import autocast
+
+        here = x.device.type == "cpu" and module.training and not _is_repacked(_state(module)) and not autocast(x)
+        if weight is None or not here or not weight.dtype == x.dtype == (module.compute_dtype or x.dtype):
+            return base(x)
+        from torchgraft.dequantized import product
+
+        bias: Tensor | None = module.bias  # type: ignore[assignment]
+        return product(x, weight, bias if bias is None else bias.to(x.dtype), self._dequantize(module))
 
     def quantization(self, module: nn.Module) -> dict[str, Any]:
         state = _state(module)
@@ -153,6 +168,10 @@ def _examples() -> list[tuple[nn.Linear, Tensor]]:
 def _state(module: nn.Module) -> Any:
     """FSDP loses the one on the weight; the layer keeps another."""
     return getattr(module.weight, "quant_state", None) or module.quant_state
+
+
+def _is_repacked(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:

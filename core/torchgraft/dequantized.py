@@ -1,7 +1,11 @@
-"""What a quantised layer becomes while an adapter is merged into it."""
+"""A quantised layer with its weight dequantised: while an adapter is merged into it, or for one product."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,3 +22,23 @@ class Dequantized(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.weight.dtype)
         return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
+
+
+class Product(torch.autograd.Function):
+    """x·Wᵀ + bias with the weight at hand. It is not kept for backward, but made again there, as bitsandbytes does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
+        ctx.again = again
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        grad_x = grad @ ctx.again() if ctx.needs_input_grad[0] else None
+        return grad_x, None, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
+    y: Tensor = Product.apply(x, weight, bias, again)  # type: ignore[no-untyped-call]
+    return y

@@ -85,10 +85,12 @@ class Kind(ABC):
         dropout: float = 0.0,
         gain: Tensor | None = None,
         bias: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """gain·(W + scale·B·A)·x + bias, where `base(x)` is W·x + bias; in the dtype of `base(x)`.
 
-        The update is computed in A's type, and in autocast's under autocast. `gain` and `bias` come as from `broadcast`.
+        The update is computed in A's type, and in autocast's under autocast. `gain` and `bias` come as from `broadcast`; `weight`
+        is what `weight_of` gave, if it is at hand.
         """
         h = base(x)
         update = self.project_out(module, scale * self.project_in(module, x, a, dropout), b)

@@ -77,14 +77,19 @@ class Site:
         weight = to_canonical(self.kind, self.stored_weight())
         return weight if self.beneath is None else self.beneath.merged(weight)
 
-    def weight_blocks(self) -> Iterator[Tensor]:
-        """`weight` in blocks of rows. One in 16 bits is widened block by block, so that it is never there as a whole in 32."""
+    def weight_blocks(self, stored: Tensor | None = None) -> Iterator[Tensor]:
+        """`weight` in blocks of rows. One in 16 bits is widened block by block, so that it is never there as a whole in 32.
+
+        Args:
+            stored: what `stored_weight` gave, if it is at hand.
+        """
         from torchgraft.blocks import row_blocks
 
-        stored = self.stored_weight()
+        stored = self.stored_weight() if stored is None else stored
         matrix = self.kind.to_canonical(stored)
         if (self.beneath is not None and self.beneath.names()) or matrix.element_size() > 2:
-            yield self.weight()
+            weight = _widened(matrix)
+            yield weight if self.beneath is None else self.beneath.merged(weight)
             return
         for rows in row_blocks(len(matrix), matrix.shape[1], matrix.device):
             yield _widened(matrix[rows])
@@ -162,17 +167,21 @@ class Site:
         scale: float = 1.0,
         dropout: float = 0.0,
         gain: Tensor | None = None,
+        stored: Tensor | None = None,
     ) -> Tensor:
         """`base(x)` with scale·B·A added to the layer's weight, and each row of that times `gain` (out_features,).
 
             h = gain·(W + s·B·A)·x + bias        where base(x) = W·x + bias; in its dtype
 
         The same as by `base`, `project_in` and `project_out`, but with fewer passes over memory and less kept for backward.
+
+        Args:
+            stored: what `stored_weight` gave, if it is at hand: a quantised layer is then not dequantised again.
         """
         if gain is None:
-            return self.kind.low_rank(self._module, x, base, a, b, scale, dropout)
+            return self.kind.low_rank(self._module, x, base, a, b, scale, dropout, weight=stored)
         bias = self.bias if self.bias is None else self.broadcast(self.bias)
-        return self.kind.low_rank(self._module, x, base, a, b, scale, dropout, self.broadcast(gain), bias)
+        return self.kind.low_rank(self._module, x, base, a, b, scale, dropout, self.broadcast(gain), bias, stored)
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """The layer's own operation with `matrix` (out_features, in_features) for its weight, and without its bias.

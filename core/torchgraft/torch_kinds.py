@@ -57,6 +57,7 @@ class Linear(Kind):
         dropout: float = 0.0,
         gain: Tensor | None = None,
         bias: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """As in `Kind`, by one product that adds to what the layer returned: no tensor of (…, out) is made for the update."""
         from torch.nn import functional as F
@@ -66,10 +67,10 @@ class Linear(Kind):
         # A view of the output is not written to: autograd would make two copies of it. And a layer's output for rows is the
         # same to the last bit as for x only if torch does no other sum there: not if x is strided, or has more dimensions.
         if x.is_nested:
-            return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias)
+            return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias, weight)
         alone = self.returns_new and not traced() and x.dim() in (2, 3) and x.is_contiguous() and _is_own_forward(base, self.module_class())
         rows = _rows(x)
-        h = base(rows) if alone else _rows(base(x))
+        h = self.applied(module, rows, base, weight) if alone else _rows(base(x))
         if rows.dtype == h.dtype and is_wider(a, h) and not traced() and not autocast(h):
             shift = None if gain is None or bias is None else (1 - gain) * bias
             y = wide_low_rank(h, dropped(rows, dropout, module), a, b, scale, gain, shift)
@@ -80,6 +81,10 @@ class Linear(Kind):
             y = add(u, b.to(h.dtype).t(), alpha=scale) if u.dtype == h.dtype else h + F.linear(scale * u, b)
             y = with_gain(y, gain, bias).to(h.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def applied(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], weight: Tensor | None) -> Tensor:
+        """`base(x)`, where `base` is the layer's own forward, and `weight` what `weight_of` gave, if it is at hand."""
+        return base(x)
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         import torch

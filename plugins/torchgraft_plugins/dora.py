@@ -84,10 +84,10 @@ def adapter_forward(
     site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
 ) -> Tensor:
     a, b = tg.factors(params)
-    g = _gain(site, config, params)
+    g, stored = _gain(site, config, params)
     dropped = site.dropout(x, config.dropout)
     if dropped is x:  # an Embedding's too: of its input nothing can be dropped, but of what is looked up in A
-        return site.low_rank(x, base, a, b, config.scale, config.dropout, g)
+        return site.low_rank(x, base, a, b, config.scale, config.dropout, g, stored)
     h, g, plain = base(x), site.broadcast(g), base(dropped)
     if site.bias is not None:
         plain = plain - site.broadcast(site.bias)
@@ -125,21 +125,31 @@ def _direction(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: T
     return weight.addmm(b[rows], a, alpha=config.scale)
 
 
-def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
-    """g = m / ‖V‖ (out,), with a gradient for m alone."""
-    tensors = [*params.values(), *site.weight_tensors()]
-    return site.cached(f"gain at {config.scale}", tensors, lambda: _ratio(params["m"], _norm(site, config, params)))
+def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """g = m / ‖V‖ (out,), with a gradient for m alone; and the stored weight, if it was needed: it may have been dequantised."""
+    stored: list[Tensor] = []
+
+    def compute() -> Tensor:
+        stored.append(site.stored_weight())
+        return _ratio(params["m"], _norm(site, config, params, stored[0]))
+
+    gain = site.cached(f"gain at {config.scale}", [*params.values(), *site.weight_tensors()], compute)
+    return gain, next(iter(stored), None)
 
 
-def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> Tensor:
-    """‖W₀ + s·B·A‖ by row, without building B·A."""
+def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
+    """‖W₀ + s·B·A‖ by row, without building B·A.
+
+    Args:
+        stored: the stored weight W₀.
+    """
     import torch
 
     s, wide = config.scale, torch.promote_types(params["m"].dtype, torch.float32)
     a, b = (factor.detach().to(wide) for factor in tg.factors(params))
     with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # torch has none for meta
-        along = torch.cat([rows.to(wide) @ a.T for rows in site.weight_blocks()])
-        frozen = site.cached("squared norm", site.weight_tensors(), lambda: torch.cat([*map(_squared_norm, site.weight_blocks())]))
+        along = torch.cat([rows.to(wide) @ a.T for rows in site.weight_blocks(stored)])
+        frozen = site.cached("squared norm", site.weight_tensors(), lambda: torch.cat([*map(_squared_norm, site.weight_blocks(stored))]))
         change = along.addmm(b, a @ a.T, beta=2 * s, alpha=s * s)
         squared: Tensor = frozen + torch.linalg.vecdot(change, b)
         return squared.clamp(min=0).sqrt().to(wide)
