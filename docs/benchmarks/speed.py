@@ -39,7 +39,10 @@ def main() -> None:
         return
     path = arguments.directory / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() and len(arguments.only) < len(PARTS) else {}
-    results |= {"machine": machine(Path(tempfile.gettempdir())), "versions": versions()}
+    here = {"machine": this_machine(), "versions": versions()}
+    if results and {key: results[key] for key in here} != here:
+        sys.exit("results.json was measured on another machine or with other versions: measure all parts")
+    results |= here
     for name in arguments.only:
         found = []
         for values in PARTS[name][0](arguments.repetitions):
@@ -51,6 +54,12 @@ def main() -> None:
 
     (arguments.directory / "results.md").write_text(page(results))
     print(f"wrote {arguments.directory / 'results.md'} and results.json")
+
+
+def this_machine() -> dict[str, Any]:
+    import torch
+
+    return machine(Path(tempfile.gettempdir())) | {"instructions": torch.backends.cpu.get_cpu_capability()}
 
 
 def in_process(name: str, *values: Any) -> Part:

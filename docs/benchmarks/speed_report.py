@@ -17,7 +17,7 @@ Part = Mapping[str, Any]
 def page(results: Results) -> str:
     found = results["machine"]
     return PAGE.format(
-        machine=f"{found['cores']} cores of {found['cpu']}, {found['system']}",
+        machine=f"{found['cores']} cores of {found['cpu']} with {found['instructions']}, {found['system']}",
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items() if name != "cp"),
         targets=table(
             ["target", "measured", ""], [[text, figure, "met" if met else "**not met**"] for text, figure, met in targets(results)]
@@ -31,7 +31,6 @@ def page(results: Results) -> str:
         sites=results["attaching"][0]["sites"],
         starting=seconds_table(results["starting"][0]),
         forms=forms_table(results["tried"][0]["forms"]),
-        dequantising=dequantising_table(results["tried"][0]["dequantising"]),
     )
 
 
@@ -96,21 +95,9 @@ def seconds_table(times: Mapping[str, Sequence[float]]) -> str:
 
 def forms_table(parts: Sequence[Part]) -> str:
     names = [name for name in parts[0]["times"] if name != "frozen"]
-    return table(
-        ["in", "out", *names],
-        [[f"{part['in']}", f"{part['out']}", *(spread(ratios(part["times"], name, "frozen")) for name in names)] for part in parts],
-    )
-
-
-def dequantising_table(parts: Sequence[Part]) -> str:
-    names = list(parts[0]["times"])
-    return table(
-        ["in", "out", *(f"{name}, ms" for name in names)],
-        [
-            [f"{part['in']}", f"{part['out']}", *(spread([1e3 * value for value in part["times"][name]]) for name in names)]
-            for part in parts
-        ],
-    )
+    sizes = ("in", "out", "tokens")
+    lines = [[*(f"{part[size]}" for size in sizes), *(spread(ratios(part["times"], name, "frozen")) for name in names)] for part in parts]
+    return table([*sizes, *names], lines)
 
 
 def targets(results: Results) -> Iterator[tuple[str, str, bool]]:
@@ -212,14 +199,11 @@ LoRA on a model of the shape of Llama 3 70B on the meta device, {sites} layers.
 
 ## Tried, and left out
 
-A step of one layer with LoRA on it, 256 tokens, relative to the layer alone. *In place* is what torchgraft does: one product that adds
-to the layer's output. An `autograd.Function` for layer and update together saves a pass in backward and costs Python in both; it would
-have to know how each kind of layer computes.
+A step of one layer, relative to that of the layer alone, on memory that is warm. *Products* are the six that LoRA takes beside the
+layer's two, alone: nothing that is built on them gets below 1 and their share. *In place* and *gain multiplied* are what torchgraft does for
+LoRA and for DoRA, whose norm is left out here: a product that adds to the layer's output, and one multiplication. An
+`autograd.Function` for layer and update together saves a pass in backward and costs Python in both; it would have to know how each kind of
+layer computes. *Contiguous* lays out the factors as the products read them fastest.
 
 {forms}
-
-DoRA on NF4 needs the weight for its norm and the layer needs it for its product. Handing the one to the other saves a dequantisation
-and costs, where products are in 16 bits, a conversion:
-
-{dequantising}
 """

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import torch
 from speed_rows import timed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-import torchgraft as tg
-
-TOKENS, RANK, SCALE = 256, 16, 2.0
+RANK, SCALE = 16, 2.0
+TOKENS = [256, 1024]
 SIZES = [(768, 768), (768, 2048), (1536, 1536)]
 """In and out."""
 
@@ -35,6 +33,35 @@ class Fused(torch.autograd.Function):
         return torch.mm(g, w).addmm_(grad_u, a), None, torch.mm(grad_u.t(), x), torch.mm(g.t(), u).mul_(SCALE)
 
 
+class Contiguous(Fused):
+    """The same with each factor laid out as its product reads it fastest."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        u = torch.mm(x, a.t().contiguous())
+        ctx.save_for_backward(x, u, w, a, b)
+        return F.linear(x, w).addmm_(u, b.t().contiguous(), alpha=SCALE)
+
+
+class FusedGain(torch.autograd.Function):
+    """Layer, update and DoRA's gain as one function, whose backward sums the gain's gradient by blocks of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
+        u = F.linear(x, a)
+        h = F.linear(x, w).addmm_(u, b.t(), alpha=SCALE)
+        ctx.save_for_backward(x, u, w, a, b, gain, h)
+        return h * gain
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,), (x, u, w, a, b, gain, h) = grads, ctx.saved_tensors
+        grad_gain = sum((left * right).sum(0) for left, right in zip(g.split(128), h.split(128), strict=True))
+        g = g * gain
+        grad_u = torch.mm(g, b).mul_(SCALE)
+        return torch.mm(g, w).addmm_(grad_u, a), None, torch.mm(grad_u.t(), x), torch.mm(g.t(), u).mul_(SCALE), grad_gain
+
+
 def separate(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The update as a tensor of its own."""
     return F.linear(x, w) + SCALE * F.linear(F.linear(x, a), b)
@@ -50,55 +77,58 @@ def batched(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return F.linear(x, w).baddbmm_(F.linear(x, a), b.t()[None], alpha=SCALE)[0]
 
 
+def scaled_before(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The scale on the narrow product."""
+    return F.linear(x, w).addmm_(SCALE * F.linear(x, a), b.t())
+
+
+def multiplied(x: Tensor, w: Tensor, a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
+    return in_place(x, w, a, b) * gain
+
+
 FORMS: dict[str, Callable[..., Tensor]] = {
     "in place": in_place,
     "separate": separate,
     "baddbmm_": batched,
+    "scale first": scaled_before,
     "autograd.Function": Fused.apply,  # type: ignore[dict-item]
+    "the same, contiguous": Contiguous.apply,  # type: ignore[dict-item]
+}
+GAIN_FORMS: dict[str, Callable[..., Tensor]] = {
+    "gain multiplied": multiplied,
+    "gain in the autograd.Function": FusedGain.apply,  # type: ignore[dict-item]
 }
 
 
 def measure(repetitions: int) -> dict[str, Any]:
-    return {
-        "forms": [forms(*size, 10 * repetitions) for size in SIZES],
-        "dequantising": [dequantising(*size, 10 * repetitions) for size in SIZES],
-    }
+    return {"forms": [forms(*size, tokens, 10 * repetitions) for tokens in TOKENS for size in SIZES]}
 
 
-def forms(width: int, out: int, repetitions: int) -> dict[str, Any]:
+def forms(width: int, out: int, tokens: int, repetitions: int) -> dict[str, Any]:
     """A step of one layer with LoRA on it, over that of the layer alone."""
-    x = torch.randn(TOKENS, width, requires_grad=True)
-    w, g = torch.randn(out, width), torch.randn(TOKENS, out)
-    a, b = (torch.randn(shape, requires_grad=True) for shape in ((RANK, width), (out, RANK)))
+    x = torch.randn(tokens, width, requires_grad=True)
+    w, g, u = torch.randn(out, width), torch.randn(tokens, out), torch.randn(tokens, RANK)
+    a, b, gain = (torch.randn(shape, requires_grad=True) for shape in ((RANK, width), (out, RANK), (out,)))
+    h, grad_x = torch.randn(tokens, out), torch.randn(tokens, width)
 
     def step(form: Callable[..., Tensor], *factors: Tensor) -> None:
         torch.autograd.backward(form(x, w, *factors), g)
-        x.grad = a.grad = b.grad = None
+        x.grad = a.grad = b.grad = gain.grad = None
 
-    calls = {"frozen": lambda: step(F.linear)} | {name: lambda form=form: step(form, a, b) for name, form in FORMS.items()}
-    return {"in": width, "out": out, "times": in_turn(calls, repetitions)}
+    @torch.no_grad()
+    def products() -> None:
+        """LoRA's six, beside the layer's two."""
+        torch.mm(x, a.t())
+        h.addmm_(u, b.t())
+        torch.mm(g, b)
+        torch.mm(g.t(), u)
+        torch.mm(u.t(), x)
+        grad_x.addmm_(u, a)
 
-
-def dequantising(width: int, out: int, repetitions: int) -> dict[str, Any]:
-    """An NF4 weight dequantised to what the layer multiplies with, beside narrowing the copy that DoRA's norm has made."""
-    from bitsandbytes import functional as bnb
-
-    layer: Any = tg.quantized_linear(nn.Linear(width, out, bias=False), tg.Quantization())
-    narrow = copy(layer.weight.quant_state)
-    narrow.dtype = torch.bfloat16
-    wide = bnb.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    x = torch.randn(TOKENS, width, requires_grad=True)
-
-    def step() -> None:
-        layer(x).sum().backward()
-        x.grad = None
-
-    calls = {
-        "step of the frozen layer": step,
-        "dequantise to bfloat16": lambda: bnb.dequantize_4bit(layer.weight.data, narrow),
-        "narrow float32 to bfloat16": lambda: wide.bfloat16(),
-    }
-    return {"in": width, "out": out, "times": in_turn(calls, repetitions)}
+    calls: dict[str, Callable[[], Any]] = {"frozen": lambda: step(F.linear), "products": products}
+    calls |= {name: lambda form=form: step(form, a, b) for name, form in FORMS.items()}
+    calls |= {name: lambda form=form: step(form, a, b, gain) for name, form in GAIN_FORMS.items()}
+    return {"in": width, "out": out, "tokens": tokens, "times": in_turn(calls, repetitions)}
 
 
 def in_turn(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
