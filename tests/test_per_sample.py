@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,12 +179,76 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_a_merge_in_the_block_is_noticed() -> None:
+def test_in_the_block_adapters_stay_as_they_are(tmp_path: Path) -> None:
     model = several(Plain())
-    tg.activate(model, "lora")
-    with tg.per_sample(model, NAMES):
-        tg.adapters(model)["lora"].merge()
-        with pytest.raises(tg.MergeError, match="embed: an adapter was merged within per_sample"):
-            model(TOKENS)
-    tg.adapters(model)["lora"].unmerge()
+    before = model(TOKENS)
+    lora = tg.adapters(model)["lora"]
+    calls: dict[str, Callable[[], Any]] = {
+        "apply": lambda: tg.apply(model, "lora", "mlp.0", name="new"),
+        "merge": lora.merge,
+        "unmerge": lora.unmerge,
+        "detach": lora.detach,
+        "save": lambda: lora.save(tmp_path / "saved"),
+    }
+    for call in calls.values():
+        with tg.per_sample(model, NAMES), pytest.raises(tg.AttachError, match=r"within per_sample .*; leave the block first"):
+            call()
+    assert not any(tmp_path.iterdir())
     assert all("_graft_routes" not in module.__dict__ for module in model.modules())
+    assert torch.equal(model(TOKENS), before)
+
+
+def test_names_may_come_from_a_generator_and_not_be_missing() -> None:
+    model = several(Plain())
+    with tg.per_sample(model, NAMES):
+        want = model(TOKENS)
+    with tg.per_sample(model, (name for name in NAMES)):  # type: ignore[arg-type]
+        assert torch.equal(model(TOKENS), want)
+    with pytest.raises(tg.AttachError, match="adapter_names is empty; give one for each sample"), tg.per_sample(model, []):
+        pass
+
+
+class Normed(nn.Module):
+    """A linear layer before a norm that learns from what it sees, and, `twice`, a module that returns a tuple."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 4), Twice() if twice else nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.norm(self.linear(x))
+
+
+class Twice(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def test_a_module_that_is_trained_whole_leaves_the_original_the_other_samples() -> None:
+    torch.manual_seed(0)
+    model = Normed().train()
+    adapter = tg.apply(model, "lora", "linear", rank=2, also_train="norm", name="one")
+    tg.apply(model, "lora", "linear", rank=2, name="two")
+    copy, x = adapter.copies["norm"].module, torch.randn(7, 6)
+    names = ["two", "one", None, "one", "two", "one", "one"]
+    with tg.per_sample(model, names):
+        model(x)
+    ones = torch.tensor([name == "one" for name in names])
+    y = nn.Linear.forward(model.linear, x)  # B is zero
+    assert model.norm.num_batches_tracked == copy.num_batches_tracked == 1
+    torch.testing.assert_close(model.norm.running_mean, 0.1 * y[~ones].mean(0))
+    torch.testing.assert_close(copy.running_mean, 0.1 * y[ones].mean(0))
+    with tg.per_sample(model, ["one"] * 7):
+        model(x)
+    assert (model.norm.num_batches_tracked, copy.num_batches_tracked) == (1, 2)
+
+
+def test_a_module_that_returns_something_else_is_refused() -> None:
+    model = Normed(twice=True)
+    tg.apply(model, "lora", "linear", rank=2, also_train="norm", name="one")
+    for names in (["one"] * 3, ["one", None, "one"]):
+        with pytest.raises(tg.AttachError, match="norm: per_sample works on modules that return one tensor"), tg.per_sample(model, names):
+            model(torch.randn(3, 6))

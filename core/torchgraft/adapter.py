@@ -234,6 +234,7 @@ class Adapter:
                 would not be finite.
         """
         self._check_attached()
+        graft.check_no_routes(self.model)
         self._check_stepped()
         tied = {layer.name: layer.tied for layer in self._layers()}
         module_merge.merge(self.name, self.by_module(), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
@@ -248,6 +249,7 @@ class Adapter:
             MergeError: it is not merged, another adapter was merged after it, or it or the weights were changed since.
         """
         self._check_attached()
+        graft.check_no_routes(self.model)
         module_merge.unmerge(self.name, self.by_module(), discard_edits)
 
     def detach(self, *, keep_merged: bool = False) -> None:
@@ -257,6 +259,7 @@ class Adapter:
             keep_merged: leave a merged adapter's changes in the weights for good.
         """
         self._check_attached()
+        graft.check_no_routes(self.model)
         if keep_merged and not self.merged:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
@@ -279,6 +282,7 @@ class Adapter:
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json."""
         self._check_attached()
+        graft.check_no_routes(self.model)
         self._check_stepped()
         from torchgraft.adapter_save import save
 

@@ -218,6 +218,15 @@ def detach(module: nn.Module, name: str) -> None:
         module.__class__ = base_class(module)
 
 
+def check_no_routes(model: nn.Module) -> None:
+    """
+    Raises:
+        AttachError: it is in a block of `per_sample`, which knows the adapters and weights that were there when it began.
+    """
+    if any(isinstance(module, Grafted) and module._graft_routes is not None for module in model.modules()):
+        raise AttachError("within per_sample adapters cannot be attached, detached, merged, unmerged or saved; leave the block first")
+
+
 def parts_of(module: nn.Module) -> list[Part]:
     """What sits on `module`, in the order in which it was attached."""
     return list(named_parts(module).values())

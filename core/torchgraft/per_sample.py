@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.adapter import adapters
-from torchgraft.errors import AttachError, MergeError
-from torchgraft.graft import Grafted, named_parts
+from torchgraft.errors import AttachError
+from torchgraft.graft import Grafted, Part, TrainedCopy, named_parts
 from torchgraft.selection import near
 
 
@@ -31,23 +31,26 @@ def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterato
 
     Which adapters are active makes no difference there. Every adapted layer must be given the batch in its first dimension; one
     of three dimensions or more may have a multiple of it, with the rows of a sample side by side, as in a beam search. Backward
-    passes that compute again what was checkpointed belong in the block; attaching, detaching, merging and saving do not. Not for
-    several threads at once on one model.
+    passes that compute again what was checkpointed belong in the block; attaching, detaching, merging and saving are refused there.
+    Not for several threads at once on one model.
 
     Args:
         adapter_names: one for each sample; None for the model without an adapter.
 
     Raises:
-        AttachError: the model has no adapter of that name; in forward: a layer's input has another number of samples.
+        AttachError: no name is given, or the model has no adapter of that name; in forward: a layer's input has another number of
+            samples.
         MergeError: an adapter is merged, so that the model without it is not at hand.
     """
-    found = adapters(model)
-    for name in adapter_names:
+    names, found = list(adapter_names), adapters(model)
+    if not names:
+        raise AttachError("adapter_names is empty; give one for each sample of the batch")
+    for name in names:
         if name is not None and name not in found:
             raise AttachError(f"the model has no adapter {name!r}{near(name, found)}; it has {', '.join(found) or 'none'}")
     for adapter in found.values():
         adapter.check_switchable()
-    routes = Routes.of(adapter_names)
+    routes = Routes.of(names)
     grafted = {name: module for name, module in model.named_modules() if isinstance(module, Grafted)}
     before = {name: module._graft_routes for name, module in grafted.items()}
     try:
@@ -81,30 +84,33 @@ class Routes:
 
     def forward(self, layer: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of `module`, whose own forward is `layer`."""
-        parts = {name: part for name, part in named_parts(module).items() if name in self.counts}
-        if any(part.undo is not None for part in named_parts(module).values()):
-            raise MergeError(f"{self.where}: an adapter was merged within per_sample; the layer without it is not at hand; unmerge it")
+        parts: dict[str | None, Part] = {name: part for name, part in named_parts(module).items() if name in self.counts}
         if not parts:
             return layer(*args, **kwargs)
-        x = self._input(*args, **kwargs)
+        x = self._one((*args, *kwargs.values()), "take")
         repeats = self._repeats(x)
         order = self._rows(repeats, x.device)
-        x = x if order is None else x[order]
-        y = layer(x)
-        runs = [repeats * count for count in self.counts.values()]
-        out = torch.cat(
-            [
-                own_y if name not in parts else parts[name].adapted(partial(_known, layer, own_x, own_y), own_x)
-                for name, own_x, own_y in zip(self.counts, torch.split(x, runs), torch.split(y, runs), strict=True)
-            ]
-        )
+        out = torch.cat(self._outputs(layer, parts, x if order is None else x[order], repeats))
         return out if order is None else out[order.argsort()]
 
-    def _input(self, *args: Any, **kwargs: Any) -> Tensor:
-        inputs = (*args, *kwargs.values())
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise AttachError(f"{self.where}: per_sample works on modules that take one tensor, and this one takes another input")
-        return inputs[0]
+    def _outputs(self, layer: Callable[..., Any], parts: Mapping[str | None, Part], x: Tensor, repeats: int) -> list[Tensor]:
+        """Run after run, of an input in the order of the runs."""
+        runs = {name: repeats * count for name, count in self.counts.items()}
+        inputs = dict(zip(runs, torch.split(x, list(runs.values())), strict=True))
+        # A copy runs in the place of the layer, which is then not to see its samples: a BatchNorm would learn from them.
+        seen = [name for name in runs if not isinstance(parts.get(name), TrainedCopy)]
+        outputs: dict[str | None, Tensor] = {}
+        if seen:
+            y = self._one([layer(x if len(seen) == len(runs) else torch.cat([inputs[name] for name in seen]))], "return")
+            outputs = dict(zip(seen, torch.split(y, [runs[name] for name in seen]), strict=True))
+        for name, part in parts.items():
+            outputs[name] = self._one([part.adapted(partial(_known, layer, inputs[name], outputs.get(name)), inputs[name])], "return")
+        return [outputs[name] for name in runs]
+
+    def _one(self, values: Sequence[Any], what: str) -> Tensor:
+        if len(values) != 1 or not isinstance(values[0], Tensor):
+            raise AttachError(f"{self.where}: per_sample works on modules that {what} one tensor; this one does not")
+        return values[0]
 
     def _repeats(self, x: Tensor) -> int:
         """How many rows of `x` there are for each sample."""
@@ -123,6 +129,6 @@ class Routes:
         return torch.tensor([sample * repeats + row for sample in self.order for row in range(repeats)], device=device)
 
 
-def _known(layer: Callable[..., Any], x: Tensor, y: Tensor, asked: Tensor) -> Any:
+def _known(layer: Callable[..., Any], x: Tensor, y: Tensor | None, asked: Tensor) -> Any:
     """`layer(asked)`, where `layer(x)` is known to be `y`."""
     return y if asked is x else layer(asked)
