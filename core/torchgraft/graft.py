@@ -118,6 +118,10 @@ class SitePart(Part):
         own = self.tensors()
         return own if self.shared is None else {**own, **self.shared.like(own)}
 
+    def train(self, mode: bool = True) -> SitePart:
+        self.site.forget_trained()  # an average of weights is put in by way of `parameter.data`, and then eval called
+        return super().train(mode)
+
     def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         (x,) = (*args, *kwargs.values())  # a layer of a known kind takes one input
         return self._forward(self.site, self.config, self.params(), x, layer)

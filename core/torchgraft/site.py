@@ -121,7 +121,7 @@ class Site:
         """What `compute` gives, computed anew only after one of `inputs` was replaced or changed in place.
 
         While one of them is trained it is computed anew each time, and each step of an optimizer counts as a change: some write
-        past torch's own count. A change through `tensor.data` by hand goes unseen.
+        past torch's own count. A change through `tensor.data` by hand goes unseen until `train` or `eval` is called.
         """
         import torch
 
@@ -139,6 +139,12 @@ class Site:
             kept = self.memo[key] = (list(inputs), versions, compute())
         value: Tensor = kept[2]
         return value
+
+    def forget_trained(self) -> None:
+        """Drop what `cached` keeps of tensors that can be trained."""
+        for key, (inputs, *_) in list(self.memo.items()):
+            if any(tensor.requires_grad for tensor in inputs):
+                del self.memo[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "memo": {}}
