@@ -29,6 +29,7 @@ class WideLowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         h, x, u, a, b, gain = ctx.saved_tensors
         grad, wide, grad_gain = grads[0].to(b.dtype), x.to(a.dtype), None
+        _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # what was kept has no graph
             u = wide @ a.t()
         grad_shift = grad.sum(0) if ctx.needs_input_grad[6] else None
@@ -36,8 +37,10 @@ class WideLowRank(torch.autograd.Function):
             grad_gain = torch.linalg.vecdot(grad, h + ctx.scale * (u @ b.t()), dim=0) if ctx.needs_input_grad[5] else None
             grad = grad * gain
         grad_u = ctx.scale * (grad @ b)
-        grad_x = (grad_u @ a).to(x.dtype) if ctx.needs_input_grad[1] else None
-        return grad.to(grads[0].dtype), grad_x, grad_u.t() @ wide, ctx.scale * (grad.t() @ u), None, grad_gain, grad_shift
+        grad_x = (grad_u @ a).to(x.dtype) if needs_x else None
+        grad_a = grad_u.t() @ wide if needs_a else None
+        grad_b = ctx.scale * (grad.t() @ u) if needs_b else None
+        return grad.to(grads[0].dtype), grad_x, grad_a, grad_b, None, grad_gain, grad_shift
 
 
 def wide_low_rank(h: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, gain: Tensor | None, shift: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Any
 
 from torchgraft.errors import PairingError
@@ -29,9 +30,12 @@ def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
     PEFT takes the first key with re.match(r"(.*\\.)?(key)$", site), and saves the keys sorted.
     """
     found = {}
+    ends: dict[int, list[tuple[str, str]]] = {}  # by length: a plain name as an expression matches as many characters as it has
+    for site in sites:
+        for end in accumulate(reversed(site.split(".")), lambda end, segment: f"{segment}.{end}"):
+            ends.setdefault(len(end), []).append((end, site))
     for name, value in values.items():
-        others = (site for site in sites if site != name)
-        clear = re.fullmatch(r"[\w.]+", name) and not any(re.match(rf"(.*\.)?({name})$", other) for other in others)
+        clear = re.fullmatch(r"[\w.]+", name) and not any(re.fullmatch(name, end) for end, site in ends.get(len(name), ()) if site != name)
         anchored = f"^{re.escape(name)}"
         found[name if clear else anchored if anchored not in sites else f"^(?:{re.escape(name)})"] = value
     return found
