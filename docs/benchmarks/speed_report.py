@@ -155,7 +155,7 @@ Measured on {machine}: {versions}.
 
 Forward and backward of a Llama-shaped model (2 blocks at hidden size 768, 1 at 1536), rank 16 on all seven linear layers of each
 block, gradients of the activations down to the embeddings. Times are relative to the frozen model's. The second column of the base
-is the type of products and of the adapters.
+is the type of products and of the adapters; bfloat16 is measured where the CPU has products in it.
 
 {steps}
 
@@ -200,10 +200,10 @@ LoRA on a model of the shape of Llama 3 70B on the meta device, {sites} layers.
 ## Tried, and left out
 
 A step of one layer, relative to that of the layer alone, on memory that is warm. *Products* are the six that LoRA takes beside the
-layer's two, alone: nothing that is built on them gets below 1 and their share. *In place* and *gain multiplied* are what torchgraft does for
-LoRA and for DoRA, whose norm is left out here: a product that adds to the layer's output, and one multiplication. An
-`autograd.Function` for layer and update together saves a pass in backward and costs Python in both; it would have to know how each kind of
-layer computes. *Contiguous* lays out the factors as the products read them fastest.
+layer's two, alone: nothing that is built on them gets below 1 and their share. *In place* and *gain multiplied* are what torchgraft does
+for LoRA and for DoRA, whose norm is left out here: a product that adds to the layer's output, and one multiplication. An
+`autograd.Function` for layer and update together saves a pass in backward and costs Python in both; it would have to know how each kind
+of layer computes. *Contiguous* lays out the factors as the products read them fastest.
 
 {forms}
 """
