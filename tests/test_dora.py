@@ -248,7 +248,7 @@ def test_the_factored_norm_is_the_norm_of_the_dense_matrix(
     part.A.data.copy_(a)
     part.B.data.copy_(b)
     s = ALPHA / rank
-    found, want = dora._norm(part.site, part.config, part.tensors(), model[0].weight), (w + s * b @ a).norm(dim=1)
+    found, want = dora._norm(part.site, part.config, part.tensors()), (w + s * b @ a).norm(dim=1)
     terms = (w.abs() + s * b.abs() @ a.abs()).square().sum(1)  # of the norm's square: they can cancel
     assert ((found.square() - want.square()).abs() <= 100 * torch.finfo(torch.float64).eps * terms).all()
 
@@ -346,6 +346,13 @@ def average_by_hand(model: nn.Sequential, adapter: tg.Adapter, x: Tensor) -> Non
     model.eval()
 
 
+def values_by_hand(model: nn.Sequential, adapter: tg.Adapter, x: Tensor) -> None:
+    """Of an adapter that is not trained any more."""
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
+    average_by_hand(model, adapter, x)
+
+
 CHANGES: dict[str, Change] = {
     "adamw": train("adamw"),
     "sgd": train("sgd"),
@@ -357,6 +364,7 @@ CHANGES: dict[str, Change] = {
     "load_state_dict, assigned": lambda model, adapter, x: load_other_values(model, adapter, True),
     "base edited in place": edit_base,
     "averages copied by hand": average_by_hand,
+    "values of a frozen adapter copied by hand": values_by_hand,
 }
 
 

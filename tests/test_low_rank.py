@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchgraft as tg
@@ -213,3 +214,26 @@ def test_what_a_plugin_s_base_holds_is_never_written_to() -> None:
     assert all(torch.equal(result, copy) for result, copy in seen)
     assert seen
     assert all(parameter.grad is not None for parameter in [*first.parameters(), *second.parameters()])
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm}
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("trained", "products"), [("A", 4), ("B", 1), ("AB", 5)])
+def test_no_product_is_taken_for_a_gradient_that_nobody_asked_for(trained: str, products: int) -> None:
+    """In backward, of factors wider than their base; with A the gradient of the input is asked for too, and so the layer's product."""
+    model = nn.Sequential(nn.Linear(6, 10))
+    adapter = tg.apply(model, "lora", "*", rank=RANK, dtype="float64")
+    for name, parameter in adapter.named_parameters():
+        parameter.requires_grad_(name[-1] in trained)
+    y = model(input_of(model).requires_grad_("A" in trained)).sum()
+    with Products() as counted:
+        y.backward()
+    assert counted.count == products

@@ -250,6 +250,11 @@ def test_the_patterns_we_write_match_one_layer_each_in_any_order(sites: list[str
             assert peft_names.pattern_value(order, site, -1) == own.get(site, -1), (site, written)
 
 
+def test_a_pattern_s_dot_matches_no_letter_of_another_layer() -> None:
+    assert set(peft_names.patterns({"a.b": 1, "x.c.d": 2}, ["a.b", "axb", "x.c.d", "xxc.d"])) == {r"^a\.b", r"^x\.c\.d"}
+    assert set(peft_names.patterns({"a.b": 1, "axb": 2}, ["a.b", "z.axb"])) == {r"^a\.b", "axb"}
+
+
 @given(st.lists(ANY, min_size=1, max_size=8, unique=True), st.data())
 @settings(deadline=None, max_examples=300)
 def test_the_targets_we_write_match_the_sites_and_nothing_else(names: list[str], data: st.DataObject) -> None:

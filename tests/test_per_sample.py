@@ -184,14 +184,14 @@ def test_in_the_block_adapters_stay_as_they_are(tmp_path: Path) -> None:
     before = model(TOKENS)
     lora = tg.adapters(model)["lora"]
     calls: dict[str, Callable[[], Any]] = {
-        "apply": lambda: tg.apply(model, "lora", "mlp.0", name="new"),
-        "merge": lora.merge,
-        "unmerge": lora.unmerge,
-        "detach": lora.detach,
-        "save": lambda: lora.save(tmp_path / "saved"),
+        "attached": lambda: tg.apply(model, "lora", "mlp.0", name="new"),
+        "merged": lora.merge,
+        "unmerged": lora.unmerge,
+        "detached": lora.detach,
+        "saved": lambda: lora.save(tmp_path / "saved"),
     }
-    for call in calls.values():
-        with tg.per_sample(model, NAMES), pytest.raises(tg.AttachError, match=r"within per_sample .*; leave the block first"):
+    for what, call in calls.items():
+        with tg.per_sample(model, NAMES), pytest.raises(tg.AttachError, match=f"within per_sample no adapter can be {what}; leave"):
             call()
     assert not any(tmp_path.iterdir())
     assert all("_graft_routes" not in module.__dict__ for module in model.modules())

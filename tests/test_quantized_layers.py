@@ -135,6 +135,12 @@ def dense(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias.detach().double()
 
 
+def layer_alone(layer: nn.Module, x: Tensor, autocast: bool) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found: Tensor = bnb.nn.Linear4bit.forward(layer, x)
+    return found
+
+
 def error(got: Tensor, want: Tensor) -> float:
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).norm() / want.norm())
@@ -254,14 +260,55 @@ def test_a_dequantised_weight_at_hand_gives_what_the_layer_gives(dtype: str, how
     """To the last bit: output, and the gradients of input and bias."""
     layer = four_bit(dtype=dtype, compute=dtype, **how).train()
     kind = tg.apply(nn.Sequential(layer), "lora", ["0"], rank=RANK).sites[0].kind
+    base = bnb.nn.Linear4bit.forward.__get__(layer)
     results = []
-    for weight in (None, kind.weight_of(layer)):
+    for product in (base, lambda x: kind.product_with(layer, x, kind.weight_for_product(layer, x, base))):
         x = inputs(layer, DTYPES[dtype]).flatten(0, -2).requires_grad_()
         wanted = [x] if layer.bias is None else [x, layer.bias.requires_grad_()]
-        y = kind.applied(layer, x, type(layer).forward.__get__(layer), weight)
+        y = product(x)
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted)])
-        assert ("Product" in type(y.grad_fn).__name__) == (weight is not None)
     assert_same(*results)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("own", DTYPES)
+@pytest.mark.parametrize("compute", [*DTYPES, None])
+@pytest.mark.parametrize("stored", DTYPES)
+def test_dora_in_training_in_types_that_differ(stored: str, compute: str | None, own: str, autocast: bool) -> None:
+    layer = four_bit(dtype=stored, compute=compute).train()
+    weight = decoded(layer)
+    model, adapter = adapted(layer, "dora")
+    x = inputs(layer, DTYPES[own]).requires_grad_()
+    kind, taken = adapter.sites[0].kind, []
+    product = type(kind).product_with
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        patch.setattr(type(kind), "product_with", lambda *given, **named: taken.append(1) or product(*given, **named))
+        y = model(x)
+    assert y.dtype == layer_alone(layer, x, autocast).dtype
+    assert bool(taken) == (compute == own and not autocast and DTYPES[own] == torch.promote_types(DTYPES[stored], DTYPES[own]))
+    y.double().square().sum().backward()
+    wide = x.detach().double().requires_grad_()
+    want = dense(layer, effective(adapter, weight), wide)
+    want.square().sum().backward()
+    narrow = {stored, compute, own} != {"float32"} or autocast
+    assert error(y, want) < (0.02 if narrow else 1e-5)
+    assert error(x.grad, wide.grad) < (0.02 if narrow else 1e-5)
+
+
+def test_a_weight_is_dequantised_for_the_product_only_where_that_is_taken() -> None:
+    layer = four_bit().train()
+    model, adapter = adapted(layer, "dora")
+    site, x = adapter.sites[0], inputs(layer)
+    forward = bnb.nn.Linear4bit.forward.__get__(layer)
+    assert torch.equal(site.weight_for_product(x, forward), site.stored_weight())
+    assert site.weight_for_product(x.half(), forward) is None
+    assert site.weight_for_product(x.transpose(0, 1), forward) is None
+    assert site.weight_for_product(x, lambda x: forward(x)) is None, "another adapter lies beneath"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert site.weight_for_product(x, forward) is None
+    assert adapted(eight_bit().train())[1].sites[0].weight_for_product(x, forward) is None
+    model.eval()
+    assert site.weight_for_product(x, forward) is None, "the norm is kept"
 
 
 def test_dora_dequantises_once_for_norm_and_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,9 +232,10 @@ class Adapter:
         Raises:
             MergeError: it is merged already, a weight is shared with another layer or has no values, or the result
                 would not be finite.
+            AttachError: it is within a block of `per_sample`.
         """
         self._check_attached()
-        graft.check_no_routes(self.model)
+        graft.check_no_routes(self.model, "merged")
         self._check_stepped()
         tied = {layer.name: layer.tied for layer in self._layers()}
         module_merge.merge(self.name, self.by_module(), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
@@ -247,9 +248,10 @@ class Adapter:
 
         Raises:
             MergeError: it is not merged, another adapter was merged after it, or it or the weights were changed since.
+            AttachError: it is within a block of `per_sample`.
         """
         self._check_attached()
-        graft.check_no_routes(self.model)
+        graft.check_no_routes(self.model, "unmerged")
         module_merge.unmerge(self.name, self.by_module(), discard_edits)
 
     def detach(self, *, keep_merged: bool = False) -> None:
@@ -259,7 +261,7 @@ class Adapter:
             keep_merged: leave a merged adapter's changes in the weights for good.
         """
         self._check_attached()
-        graft.check_no_routes(self.model)
+        graft.check_no_routes(self.model, "detached")
         if keep_merged and not self.merged:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
@@ -282,7 +284,7 @@ class Adapter:
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json."""
         self._check_attached()
-        graft.check_no_routes(self.model)
+        graft.check_no_routes(self.model, "saved")
         self._check_stepped()
         from torchgraft.adapter_save import save
 

@@ -79,7 +79,7 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
     if not base.sites:
         raise AttachError("nothing is selected: there would be nothing to train")
-    graft.check_no_routes(model)
+    graft.check_no_routes(model, "attached")
     forms: dict[str, Form] = {}
     for layer in base.sites:
         graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))

@@ -66,27 +66,29 @@ class Linear4bit(Quantized):
         return self._dequantize(module)()
 
     def _dequantize(self, module: nn.Module) -> Callable[[], Tensor]:
-        import torch
         from bitsandbytes import functional as bnb
 
         packed, state = module.weight.data, _state(module)
         if _is_repacked(state):
             packed, state = _unpacked(packed, state)  # type: ignore[arg-type]
-        wide = copy(state)  # the layer dequantises to what it computes in, without a stop at the type that it was quantised from
-        wide.dtype = torch.promote_types(state.dtype, module.compute_dtype or torch.float32)  # type: ignore[arg-type]
+        wide = copy(state)
+        wide.dtype = _decoded_type(module)
         return lambda: bnb.dequantize_4bit(packed, wide).reshape(state.shape)  # type: ignore[arg-type]
 
-    def applied(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], weight: Tensor | None) -> Tensor:
-        """By a product with `weight` in training on a CPU, as bitsandbytes does it there. Elsewhere it may read the codes."""
+    def weight_for_product(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """On a CPU, where bitsandbytes dequantises for each product. Elsewhere it may read the codes."""
         from torchgraft.mixed import autocast
 
-        here = x.device.type == "cpu" and module.training and not _is_repacked(_state(module)) and not autocast(x)
-        if weight is None or not here or not weight.dtype == x.dtype == (module.compute_dtype or x.dtype):
-            return base(x)
+        here = x.device.type == "cpu" and module.training and self._is_alone(x, base) and not autocast(x)
+        if not here or _is_repacked(_state(module)) or not x.dtype == module.compute_dtype == _decoded_type(module):
+            return None
+        return self.dequantized(module)
+
+    def product_with(self, module: nn.Module, rows: Tensor, stored: Tensor) -> Tensor:
         from torchgraft.dequantized import product
 
         bias: Tensor | None = module.bias  # type: ignore[assignment]
-        return product(x, weight, bias if bias is None else bias.to(x.dtype), self._dequantize(module))
+        return product(rows, stored, bias if bias is None else bias.to(rows.dtype), self._dequantize(module))
 
     def quantization(self, module: nn.Module) -> dict[str, Any]:
         state = _state(module)
@@ -168,6 +170,13 @@ def _examples() -> list[tuple[nn.Linear, Tensor]]:
 def _state(module: nn.Module) -> Any:
     """FSDP loses the one on the weight; the layer keeps another."""
     return getattr(module.weight, "quant_state", None) or module.quant_state
+
+
+def _decoded_type(module: nn.Module) -> dtype:
+    """The layer dequantises to what it computes in, without a stop at the type that it was quantised from."""
+    import torch
+
+    return torch.promote_types(_state(module).dtype, module.compute_dtype or torch.float32)  # type: ignore[arg-type]
 
 
 def _is_repacked(state: Any) -> bool:

@@ -25,12 +25,15 @@ class Dequantized(nn.Linear):
 
 
 class Product(torch.autograd.Function):
-    """x·Wᵀ + bias with the weight at hand. It is not kept for backward, but made again there, as bitsandbytes does."""
+    """x·Wᵀ + bias with the weight at hand. It is not kept for backward, but made again there: the same weight.
+
+    bitsandbytes rounds it in backward to the type that it was quantised from.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, stored: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
         ctx.again = again
-        return F.linear(x, weight, bias)
+        return F.linear(x, stored, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -39,6 +42,6 @@ class Product(torch.autograd.Function):
         return grad_x, None, grad.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
-    y: Tensor = Product.apply(x, weight, bias, again)  # type: ignore[no-untyped-call]
+def product(x: Tensor, stored: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
+    y: Tensor = Product.apply(x, stored, bias, again)  # type: ignore[no-untyped-call]
     return y

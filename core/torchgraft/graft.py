@@ -119,7 +119,11 @@ class SitePart(Part):
         return own if self.shared is None else {**own, **self.shared.like(own)}
 
     def train(self, mode: bool = True) -> SitePart:
-        self.site.forget_trained()  # an average of weights is put in by way of `parameter.data`, and then eval called
+        """As in torch; and what was kept of the adapters' values is computed anew.
+
+        Moving averages of weights are put in by way of `parameter.data`, which nothing counts, and then eval is called.
+        """
+        self.site.forget_adapters()
         return super().train(mode)
 
     def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -222,13 +226,17 @@ def detach(module: nn.Module, name: str) -> None:
         module.__class__ = base_class(module)
 
 
-def check_no_routes(model: nn.Module) -> None:
+def check_no_routes(model: nn.Module, what: str) -> None:
     """
+    Args:
+        what: "merged"
+
     Raises:
-        AttachError: it is in a block of `per_sample`, which knows the adapters and weights that were there when it began.
+        AttachError: it is in a block of `per_sample`, which knows the adapters and weights that were there when it began, and in
+            which none lies beneath another.
     """
     if any(isinstance(module, Grafted) and module._graft_routes is not None for module in model.modules()):
-        raise AttachError("within per_sample adapters cannot be attached, detached, merged, unmerged or saved; leave the block first")
+        raise AttachError(f"within per_sample no adapter can be {what}; leave the block first")
 
 
 def parts_of(module: nn.Module) -> list[Part]:

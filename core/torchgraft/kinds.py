@@ -85,16 +85,20 @@ class Kind(ABC):
         dropout: float = 0.0,
         gain: Tensor | None = None,
         bias: Tensor | None = None,
-        weight: Tensor | None = None,
+        stored: Tensor | None = None,
     ) -> Tensor:
         """gain·(W + scale·B·A)·x + bias, where `base(x)` is W·x + bias; in the dtype of `base(x)`.
 
-        The update is computed in A's type, and in autocast's under autocast. `gain` and `bias` come as from `broadcast`; `weight`
-        is what `weight_of` gave, if it is at hand.
+        The update is computed in A's type, and in autocast's under autocast. `gain` and `bias` come as from `broadcast`, and
+        `stored` from `weight_for_product`.
         """
         h = base(x)
         update = self.project_out(module, scale * self.project_in(module, x, a, dropout), b)
         return with_gain(h + update, gain, bias).to(h.dtype)
+
+    def weight_for_product(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """What `weight_of` gives, if `low_rank` takes it in training for the layer's product with `x` and so saves making it again."""
+        return None
 
     def dropout(self, module: nn.Module, x: Tensor, p: float) -> Tensor:
         """The layer's input with entries dropped, in training."""

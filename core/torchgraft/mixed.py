@@ -36,7 +36,7 @@ class WideLowRank(torch.autograd.Function):
         if gain is not None:
             grad_gain = torch.linalg.vecdot(grad, h + ctx.scale * (u @ b.t()), dim=0) if ctx.needs_input_grad[5] else None
             grad = grad * gain
-        grad_u = ctx.scale * (grad @ b)
+        grad_u: Any = ctx.scale * (grad @ b) if needs_x or needs_a else None
         grad_x = (grad_u @ a).to(x.dtype) if needs_x else None
         grad_a = grad_u.t() @ wide if needs_a else None
         grad_b = ctx.scale * (grad.t() @ u) if needs_b else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
@@ -29,15 +30,20 @@ def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
 
     PEFT takes the first key with re.match(r"(.*\\.)?(key)$", site), and saves the keys sorted.
     """
-    found = {}
-    ends: dict[int, list[tuple[str, str]]] = {}  # by length: a plain name as an expression matches as many characters as it has
+    found, ends, alike = {}, Counter[str](), defaultdict[tuple[int, int], list[str]](list)
     for site in sites:
         for end in accumulate(reversed(site.split(".")), lambda end, segment: f"{segment}.{end}"):
-            ends.setdefault(len(end), []).append((end, site))
+            ends[end] += 1
+            alike[len(end), end.count(".")].append(end)
+
+    def is_clear(name: str) -> bool:
+        """As an expression a plain name matches itself, and ends of its length with something else in the place of a dot."""
+        others = (end for dots in range(name.count(".")) for end in alike.get((len(name), dots), ()))
+        return bool(re.fullmatch(r"[\w.]+", name)) and ends[name] == 1 and not any(re.fullmatch(name, end) for end in others)
+
     for name, value in values.items():
-        clear = re.fullmatch(r"[\w.]+", name) and not any(re.fullmatch(name, end) for end, site in ends.get(len(name), ()) if site != name)
         anchored = f"^{re.escape(name)}"
-        found[name if clear else anchored if anchored not in sites else f"^(?:{re.escape(name)})"] = value
+        found[name if is_clear(name) else anchored if anchored not in sites else f"^(?:{re.escape(name)})"] = value
     return found
 
 

@@ -87,7 +87,8 @@ class Routes:
         parts: dict[str | None, Part] = {name: part for name, part in named_parts(module).items() if name in self.counts}
         if not parts:
             return layer(*args, **kwargs)
-        x = self._one((*args, *kwargs.values()), "take")
+        inputs = (*args, *kwargs.values())
+        x = self._tensor(inputs[0] if len(inputs) == 1 else inputs, "take")
         repeats = self._repeats(x)
         order = self._rows(repeats, x.device)
         out = torch.cat(self._outputs(layer, parts, x if order is None else x[order], repeats))
@@ -101,16 +102,16 @@ class Routes:
         seen = [name for name in runs if not isinstance(parts.get(name), TrainedCopy)]
         outputs: dict[str | None, Tensor] = {}
         if seen:
-            y = self._one([layer(x if len(seen) == len(runs) else torch.cat([inputs[name] for name in seen]))], "return")
+            y = self._tensor(layer(x if len(seen) == len(runs) else torch.cat([inputs[name] for name in seen])), "return")
             outputs = dict(zip(seen, torch.split(y, [runs[name] for name in seen]), strict=True))
         for name, part in parts.items():
-            outputs[name] = self._one([part.adapted(partial(_known, layer, inputs[name], outputs.get(name)), inputs[name])], "return")
+            outputs[name] = self._tensor(part.adapted(partial(_known, layer, inputs[name], outputs.get(name)), inputs[name]), "return")
         return [outputs[name] for name in runs]
 
-    def _one(self, values: Sequence[Any], what: str) -> Tensor:
-        if len(values) != 1 or not isinstance(values[0], Tensor):
+    def _tensor(self, value: Any, what: str) -> Tensor:
+        if not isinstance(value, Tensor):
             raise AttachError(f"{self.where}: per_sample works on modules that {what} one tensor; this one does not")
-        return values[0]
+        return value
 
     def _repeats(self, x: Tensor) -> int:
         """How many rows of `x` there are for each sample."""

@@ -69,12 +69,15 @@ class Site:
         """How many inputs reach one output at a time: in_features, but 1 for an Embedding."""
         return self.kind.fan_in(self.shape)
 
-    def weight(self) -> Tensor:
+    def weight(self, stored: Tensor | None = None) -> Tensor:
         """The frozen weight in canonical form, (out_features, in_features), in float32 (float64 where it is stored so).
 
         With the adapters in it that were attached to the layer before and are active: it is what `base(x)` computes with.
+
+        Args:
+            stored: what `stored_weight` gave, if it is at hand.
         """
-        weight = to_canonical(self.kind, self.stored_weight())
+        weight = to_canonical(self.kind, self.stored_weight() if stored is None else stored)
         return weight if self.beneath is None else self.beneath.merged(weight)
 
     def weight_blocks(self, stored: Tensor | None = None) -> Iterator[Tensor]:
@@ -88,8 +91,7 @@ class Site:
         stored = self.stored_weight() if stored is None else stored
         matrix = self.kind.to_canonical(stored)
         if (self.beneath is not None and self.beneath.names()) or matrix.element_size() > 2:
-            weight = _widened(matrix)
-            yield weight if self.beneath is None else self.beneath.merged(weight)
+            yield self.weight(stored)
             return
         for rows in row_blocks(len(matrix), matrix.shape[1], matrix.device):
             yield _widened(matrix[rows])
@@ -107,6 +109,14 @@ class Site:
             raise AttachError(f"{self.name}: its weight is not at hand here")
         return self.read()
 
+    def weight_for_product(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The stored weight of a layer that dequantises it for each product, if `low_rank` takes it instead; else None.
+
+        For a method that needs the weight in training anyway: it is then dequantised once. So it is for 4 bits on a CPU, where
+        `x` is of the type that the layer computes in, and nothing lies between the layer and the adapter.
+        """
+        return self.kind.weight_for_product(self._module, x, base)
+
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias, (out_features,), if it has one: as in `base(x)`, with the adapters in it that were attached before."""
@@ -121,7 +131,8 @@ class Site:
         """What `compute` gives, computed anew only after one of `inputs` was replaced or changed in place.
 
         While one of them is trained it is computed anew each time, and each step of an optimizer counts as a change: some write
-        past torch's own count. A change through `tensor.data` by hand goes unseen until `train` or `eval` is called.
+        past torch's own count. A change through `tensor.data` by hand goes unseen: of an adapter's until `train` or `eval` is called,
+        and of the layer's own weight altogether.
         """
         import torch
 
@@ -140,10 +151,10 @@ class Site:
         value: Tensor = kept[2]
         return value
 
-    def forget_trained(self) -> None:
-        """Drop what `cached` keeps of tensors that can be trained."""
+    def forget_adapters(self) -> None:
+        """Drop what `cached` keeps, but for what depends on the layer's own weight alone."""
         for key, (inputs, *_) in list(self.memo.items()):
-            if any(tensor.requires_grad for tensor in inputs):
+            if any(tensor is not self._module.weight for tensor in inputs):
                 del self.memo[key]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -182,10 +193,10 @@ class Site:
         The same as by `base`, `project_in` and `project_out`, but with fewer passes over memory and less kept for backward.
 
         Args:
-            stored: what `stored_weight` gave, if it is at hand: a quantised layer is then not dequantised again.
+            stored: what `weight_for_product` gave for `x` and `base`.
         """
         if gain is None:
-            return self.kind.low_rank(self._module, x, base, a, b, scale, dropout, weight=stored)
+            return self.kind.low_rank(self._module, x, base, a, b, scale, dropout, stored=stored)
         bias = self.bias if self.bias is None else self.broadcast(self.bias)
         return self.kind.low_rank(self._module, x, base, a, b, scale, dropout, self.broadcast(gain), bias, stored)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -57,20 +58,18 @@ class Linear(Kind):
         dropout: float = 0.0,
         gain: Tensor | None = None,
         bias: Tensor | None = None,
-        weight: Tensor | None = None,
+        stored: Tensor | None = None,
     ) -> Tensor:
         """As in `Kind`, by one product that adds to what the layer returned: no tensor of (…, out) is made for the update."""
         from torch.nn import functional as F
 
         from torchgraft.mixed import autocast, is_wider, wide_low_rank
 
-        # A view of the output is not written to: autograd would make two copies of it. And a layer's output for rows is the
-        # same to the last bit as for x only if torch does no other sum there: not if x is strided, or has more dimensions.
         if x.is_nested:
-            return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias, weight)
-        alone = self.returns_new and not traced() and x.dim() in (2, 3) and x.is_contiguous() and _is_own_forward(base, self.module_class())
-        rows = _rows(x)
-        h = self.applied(module, rows, base, weight) if alone else _rows(base(x))
+            return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias)
+        alone, rows = self._is_alone(x, base), _rows(x)
+        own = base if stored is None else partial(self.product_with, module, stored=stored)
+        h = own(rows) if alone else _rows(base(x))
         if rows.dtype == h.dtype and is_wider(a, h) and not traced() and not autocast(h):
             shift = None if gain is None or bias is None else (1 - gain) * bias
             y = wide_low_rank(h, dropped(rows, dropout, module), a, b, scale, gain, shift)
@@ -82,9 +81,18 @@ class Linear(Kind):
             y = with_gain(y, gain, bias).to(h.dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def applied(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], weight: Tensor | None) -> Tensor:
-        """`base(x)`, where `base` is the layer's own forward, and `weight` what `weight_of` gave, if it is at hand."""
-        return base(x)
+    def product_with(self, module: nn.Module, rows: Tensor, stored: Tensor) -> Tensor:
+        """The layer's own output for `rows`, by a weight that `weight_for_product` gave."""
+        raise NotImplementedError(f"{self.name} gives no weight for its product")
+
+    def _is_alone(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> bool:
+        """Whether what `base` returns for the rows of `x` can be written to, and is the same to the last bit as for `x`.
+
+        A view of the output is not written to: autograd would make two copies of it. And torch does another sum where x is
+        strided or has more dimensions.
+        """
+        plain = x.dim() in (2, 3) and not x.is_nested and x.is_contiguous()
+        return plain and self.returns_new and not traced() and _is_own_forward(base, self.module_class())
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
         import torch

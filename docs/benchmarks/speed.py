@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def main() -> None:
         return
     path = arguments.directory / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() and len(arguments.only) < len(PARTS) else {}
-    here = {"machine": this_machine(), "versions": versions()}
-    if results and {key: results[key] for key in here} != here:
-        sys.exit("results.json was measured on another machine or with other versions: measure all parts")
+    here = {"machine": this_machine(), "versions": versions() | {"bitsandbytes": version("bitsandbytes")}}
+    if other := [key for key in here if results and results[key] != here[key]]:
+        sys.exit(f"results.json was measured with other {' and '.join(other)}: measure all parts")
     results |= here
     for name in arguments.only:
         found = []

@@ -84,11 +84,11 @@ def adapter_forward(
     site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], x: Tensor, base: Callable[[Tensor], Tensor]
 ) -> Tensor:
     a, b = tg.factors(params)
-    g, stored = _gain(site, config, params)
     dropped = site.dropout(x, config.dropout)
     if dropped is x:  # an Embedding's too: of its input nothing can be dropped, but of what is looked up in A
-        return site.low_rank(x, base, a, b, config.scale, config.dropout, g, stored)
-    h, g, plain = base(x), site.broadcast(g), base(dropped)
+        stored = site.weight_for_product(x, base)
+        return site.low_rank(x, base, a, b, config.scale, config.dropout, _gain(site, config, params, stored), stored)
+    h, g, plain = base(x), site.broadcast(_gain(site, config, params)), base(dropped)
     if site.bias is not None:
         plain = plain - site.broadcast(site.bias)
     update = site.project_out(site.project_in(dropped, a), b)
@@ -125,23 +125,17 @@ def _direction(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: T
     return weight.addmm(b[rows], a, alpha=config.scale)
 
 
-def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """g = m / ‖V‖ (out,), with a gradient for m alone; and the stored weight, if it was needed: it may have been dequantised."""
-    stored: list[Tensor] = []
-
-    def compute() -> Tensor:
-        stored.append(site.stored_weight())
-        return _ratio(params["m"], _norm(site, config, params, stored[0]))
-
-    gain = site.cached(f"gain at {config.scale}", [*params.values(), *site.weight_tensors()], compute)
-    return gain, next(iter(stored), None)
+def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], stored: Tensor | None = None) -> Tensor:
+    """g = m / ‖V‖ (out,), with a gradient for m alone."""
+    tensors = [*params.values(), *site.weight_tensors()]
+    return site.cached(f"gain at {config.scale}", tensors, lambda: _ratio(params["m"], _norm(site, config, params, stored)))
 
 
-def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], stored: Tensor) -> Tensor:
+def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], stored: Tensor | None = None) -> Tensor:
     """‖W₀ + s·B·A‖ by row, without building B·A.
 
     Args:
-        stored: the stored weight W₀.
+        stored: the stored weight W₀, if it is at hand.
     """
     import torch
 
