@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torchgraft.errors import AttachError
 from torchgraft.kinds import Kind, Shape, traced
@@ -28,6 +28,14 @@ class Beneath(Protocol):
 
     def names(self) -> list[str]:
         """Of the adapters, in their order."""
+
+
+class Kept(NamedTuple):
+    """What `Site.cached` keeps under a key."""
+
+    inputs: list[Tensor]
+    versions: list[tuple[int, int, int]]
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -143,18 +151,17 @@ class Site:
             self.memo.pop(key, None)
             return compute()
         versions = [(tensor._version, tensor.data_ptr(), _steps() if tensor.requires_grad else 0) for tensor in inputs]
-        kept = self.memo.get(key)
-        if kept is not None and kept[2].is_inference() and torch.is_grad_enabled():
+        kept: Kept | None = self.memo.get(key)
+        if kept is not None and kept.value.is_inference() and torch.is_grad_enabled():
             kept = None  # autograd does not take it
-        if kept is None or kept[1] != versions or any(old is not new for old, new in zip(kept[0], inputs, strict=True)):
-            kept = self.memo[key] = (list(inputs), versions, compute())
-        value: Tensor = kept[2]
-        return value
+        if kept is None or kept.versions != versions or any(old is not new for old, new in zip(kept.inputs, inputs, strict=True)):
+            kept = self.memo[key] = Kept(list(inputs), versions, compute())
+        return kept.value
 
     def forget_adapters(self) -> None:
         """Drop what `cached` keeps, but for what depends on the layer's own weight alone."""
-        for key, (inputs, *_) in list(self.memo.items()):
-            if any(tensor is not self._module.weight for tensor in inputs):
+        for key, kept in list(self.memo.items()):
+            if isinstance(kept, Kept) and any(tensor is not self._module.weight for tensor in kept.inputs):
                 del self.memo[key]
 
     def __getstate__(self) -> dict[str, Any]:
