@@ -42,7 +42,7 @@ def main() -> None:
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() and len(arguments.only) < len(PARTS) else {}
     here = {"machine": this_machine(), "versions": versions() | {"bitsandbytes": version("bitsandbytes")}}
     if other := [key for key in here if results and results[key] != here[key]]:
-        sys.exit(f"results.json was measured with other {' and '.join(other)}: measure all parts")
+        sys.exit(f"results.json differs in {' and '.join(other)}: measure all parts")
     results |= here
     for name in arguments.only:
         found = []
