@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torchgraft
+from torchgraft.version import __version__
 
 project = "torchgraft"
 author = "the torchgraft authors"
 project_copyright = author
-release = version = torchgraft.__version__
+release = version = __version__
 
 extensions = ["myst_parser"]
 exclude_patterns = ["_build", "examples"]

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 import torchgraft as tg
 from models import Plain, perturb_
 from test_lora import DTYPES, LAYERS, PLAIN_SITES, SCALE, TOKENS, adapted, as_stored, assert_near, input_of, plain, plain_model, reference
-from torchgraft.exact import BITS, correct, digest, make_correction, restore
+from torchgraft.exact import BITS, correct, make_correction, restore
+from torchgraft.hashes import sha256_of_tensor
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -354,7 +355,7 @@ def pairs_of_bits(draw: st.DrawFn) -> PairOfBits:
 def test_a_correction_restores_any_bits_and_holds_no_more_than_the_differences(pair: PairOfBits, bit: int) -> None:
     first, second, dtype, transpose = pair
     original, nearly = (from_bytes(data, dtype, transpose) for data in (first, second))
-    correction, expected = make_correction(original, nearly), digest(original)
+    correction, expected = make_correction(original, nearly), sha256_of_tensor(original)
     restored = restore(nearly, correction, expected, "layer")
     assert (restored.shape, restored.dtype) == (original.shape, dtype)
     assert torch.equal(bits(restored), bits(original))

@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 import click
 
-import torchgraft
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
+from torchgraft.version import __version__
 from torchgraft_cli.plugin_commands import plugin_commands
 
 COMMANDS = ("inspect", "plugins", "apply", "check", "merge", "unmerge", "export")
@@ -44,7 +44,7 @@ def _of_plugins(ctx: click.Context) -> dict[str, click.Command]:
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(torchgraft.__version__, prog_name="adapt")
+@click.version_option(__version__, prog_name="adapt")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def adapt(debug: bool) -> None:
     """Attach, inspect, merge and unmerge adapters of PyTorch models."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torchgraft.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from torchgraft import testing as testing
     from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
@@ -49,8 +51,6 @@ if TYPE_CHECKING:
     from torchgraft.resizing import Resize as Resize
     from torchgraft.site import Site as Site
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "adapter": "Adapter Count activate adapters",
     "adapter_load": "load",
@@ -67,10 +67,10 @@ _HOMES = {
     "hookspecs": "hookimpl",
     "kinds": "Kind",
     "lowrank": "LowRankPeft factor_shapes factors init_factors scaled_param_groups",
+    "manager": "Registry registry",
     "method": "Method PeftFormat",
     "per_sample": "per_sample",
     "planning": "Plan plan",
-    "manager": "Registry registry",
     "quantization": "Quantization",
     "quantized_loading": "load_quantized",
     "quantizing": "quantized_linear",

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from torchgraft import bnb_kinds, graft, module_merge
 from torchgraft.config import Config
-from torchgraft.errors import AttachError, MergeError, TorchgraftWarning
+from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
 from torchgraft.graft import Part, SitePart, TrainedCopy
 from torchgraft.layers import Layer
 from torchgraft.manager import registry
@@ -24,7 +24,6 @@ from torchgraft.module_layers import layers_of_module, sharing_bias
 from torchgraft.optimizers import check_groups, make_optimizer
 from torchgraft.planning import Plan
 from torchgraft.resizing import Resize, check_change, check_resizable, resize_
-from torchgraft.selection import near
 from torchgraft.site import Site
 
 STATE = "_torchgraft"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
-from torchgraft.checkpoint import read_json, read_tensor
+from torchgraft.checkpoint import read_tensor
+from torchgraft.disk import read_json
 from torchgraft.errors import FileFormatError
+from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.safetensors_header import Header, read_header
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class AdapterFiles:
         if not state["sha256"]:
             return dict(state["values"])
         path = self.directory / STATE_TENSORS
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != state["sha256"]:
+        if not path.is_file() or sha256_of_file(path) != state["sha256"]:
             raise FileFormatError(f"{path}: it is missing or not the file that {NATIVE} describes; copy the whole directory again")
         with path.open("rb") as file:
             return {**state["values"], **{name: read_tensor(file, entry) for name, entry in read_header(path).tensors.items()}}
@@ -137,7 +138,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     tensor_file = next((root / name for name in names if (root / name).is_file()), None)
     if tensor_file is None:
         raise FileFormatError(f"{root}: {' or '.join(names)} is missing")
-    if native and hashlib.sha256(tensor_file.read_bytes()).hexdigest() != native["tensors"]["sha256"]:
+    if native and sha256_of_file(tensor_file) != native["tensors"]["sha256"]:
         raise FileFormatError(
             f"{tensor_file}: not the file that {NATIVE} describes (the hashes differ); copy the whole directory again, or remove "
             f"{NATIVE} to read it as a plain PEFT adapter"
@@ -153,7 +154,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
 def meaning(peft: Mapping[str, Any]) -> str:
     """A hash of what in a PEFT config decides about the function: not names, versions, or values that are not set."""
     kept = {key: value for key, value in sorted(peft.items()) if value and key not in PEFT_LABELS}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return sha256_of_bytes(json.dumps(kept, sort_keys=True).encode())
 
 
 def _check_native(path: Path, native: Mapping[str, Any]) -> None:

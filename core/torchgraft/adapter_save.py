@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torchgraft
 from torchgraft import peft_names
 from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS, meaning
 from torchgraft.config import Config
+from torchgraft.disk import json_bytes, replace_file
 from torchgraft.errors import FileFormatError
 from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import SitePart
+from torchgraft.hashes import sha256_of_bytes
 from torchgraft.manager import registry
 from torchgraft.method import Method
-from torchgraft.output import json_bytes, replace_file
 from torchgraft.site import Site
+from torchgraft.version import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,7 @@ def write(contents: Contents, directory: Path, *, native: bool = True) -> None:
         record = _record(contents, file, data) | ({"peft_config": meaning(config)} if config else {})
         if contents.state:
             values = {key: value for key, value in contents.state.items() if key not in state}
-            record["state"] = {"values": values, "sha256": hashlib.sha256(files[STATE_TENSORS]).hexdigest() if state else ""}
+            record["state"] = {"values": values, "sha256": sha256_of_bytes(files[STATE_TENSORS]) if state else ""}
         files[NATIVE] = json_bytes(record)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ def _record(contents: Contents, file: str, data: bytes) -> dict[str, Any]:
     info = registry().info(contents.method.name)
     return {
         "format": FORMAT,
-        "torchgraft": torchgraft.__version__,
+        "torchgraft": __version__,
         "method": {"name": contents.method.name, "distribution": info.distribution, "version": info.version},
         "config": contents.config.model_dump(),
         "sites": [_site_record(saved, contents.config) for saved in contents.sites],
@@ -188,7 +188,7 @@ def _record(contents: Contents, file: str, data: bytes) -> dict[str, Any]:
         "base": contents.base,
         **({"shared": dict(contents.shared)} if contents.shared else {}),
         **({"quantized": dict(contents.quantized)} if contents.quantized else {}),
-        "tensors": {"file": file, "sha256": hashlib.sha256(data).hexdigest()},
+        "tensors": {"file": file, "sha256": sha256_of_bytes(data)},
     }
 
 

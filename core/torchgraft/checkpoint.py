@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torchgraft import dtypes
+from torchgraft.disk import leaves_directory, read_json
 from torchgraft.errors import FileFormatError
 from torchgraft.safetensors_header import Header, TensorEntry, read_header
 
@@ -109,23 +109,6 @@ def _download(source: str, patterns: list[str]) -> Path:
         raise FileFormatError(f"{source}: no such file or directory, and no such hub id could be fetched ({reason})") from error
 
 
-def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    """The JSON object in `path`."""
-    try:
-        if path.exists() and not path.is_file():
-            raise FileFormatError(f"{path}: not a regular file")  # a pipe would be waited for
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if missing_ok:
-            return {}
-        raise FileFormatError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise FileFormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
-    return document
-
-
 def _headers_of_directory(root: Path) -> tuple[Header, ...]:
     # transformers, too, takes the single file before the index.
     if (root / WEIGHTS).exists():
@@ -167,11 +150,6 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:  # the name is longer than the system allows
         return False
-
-
-def leaves_directory(name: str) -> bool:
-    path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name
 
 
 def _check_index(index: Path, weight_map: dict[str, str], headers: list[Header]) -> None:

@@ -14,9 +14,9 @@ from torchgraft.attaching import seed_of
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.checkpoint_layers import module_names
 from torchgraft.config import Config
+from torchgraft.disk import new_directory
 from torchgraft.layers import Layer
 from torchgraft.method_hooks import MethodHooks
-from torchgraft.output import new_directory
 from torchgraft.planning import Plan, site_of
 
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.dtypes import ADAPTABLE
-from torchgraft.errors import FileFormatError, SelectionError
+from torchgraft.errors import FileFormatError, SelectionError, near
 from torchgraft.layers import HEAD, Layer
 from torchgraft.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
 from torchgraft.safetensors_header import TensorEntry
-from torchgraft.selection import name_matcher, near
+from torchgraft.selection import name_matcher
 
 if TYPE_CHECKING:
     from torchgraft.kinds import Kind

@@ -15,16 +15,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torchgraft
 from torchgraft.adapter_files import NATIVE, PEFT_CONFIG
 from torchgraft.checkpoint import open_checkpoint
 from torchgraft.digests import digesting
+from torchgraft.disk import (
+    Progress,
+    check_space,
+    copy_into,
+    json_bytes,
+    new_directory,
+    refuse_existing,
+    refuse_inside,
+    silent,
+    space_problem,
+)
 from torchgraft.errors import TorchgraftWarning
+from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.layout import relative_name
 from torchgraft.merge_plan import MergePlan, Onto, plan_merge
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
-from torchgraft.output import Progress, check_space, json_bytes, new_directory, refuse_existing, refuse_inside, silent, space_problem
-from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
+from torchgraft.sidecars import RECORD, UNDO
+from torchgraft.version import __version__
 
 if TYPE_CHECKING:
     from torchgraft.merge_run import MergeRun
@@ -154,7 +165,7 @@ def _write_undo(plan: MergePlan, directory: Path) -> None:
 def _record(plan: MergePlan, model: str, digests: Mapping[str, str], verified: str, undo: bool) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "torchgraft": torchgraft.__version__,
+        "torchgraft": __version__,
         "base": model,
         "adapters": [
             {
@@ -162,7 +173,7 @@ def _record(plan: MergePlan, model: str, digests: Mapping[str, str], verified: s
                 "method": one.pairing.method.name,
                 "factor": one.factor,
                 "names": one.pairing.tensor_names,
-                "sha256": sha256(one.pairing.files.tensor_file),
+                "sha256": sha256_of_file(one.pairing.files.tensor_file),
             }
             for one in plan.ingredients
         ],
@@ -175,9 +186,9 @@ def _record(plan: MergePlan, model: str, digests: Mapping[str, str], verified: s
         "merged_tensors": sorted(plan.changes),
         "notes": list(plan.notes),
         "undo": undo,
-        "headers": {relative_name(plan.checkpoint, header): sha256_of(header.raw) for header in plan.checkpoint.headers},
+        "headers": {relative_name(plan.checkpoint, header): sha256_of_bytes(header.raw) for header in plan.checkpoint.headers},
         "original_tensors": dict(digests),
-        "original_files": {name: sha256(path) for name, path in plan.sidecars.base.items()},
+        "original_files": {name: sha256_of_file(path) for name, path in plan.sidecars.base.items()},
         "verified": verified,
     }
 

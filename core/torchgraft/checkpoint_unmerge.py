@@ -15,19 +15,20 @@ from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.digests import digest_range
+from torchgraft.disk import Progress, check_space, copy_into, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
 from torchgraft.file_blocks import FileTensor, blocks_of, copy_bytes
+from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.kinds import Kind
 from torchgraft.layout import Layout, OutputFile, Placed, plan_layout, same_file
 from torchgraft.manager import registry
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
 from torchgraft.method_hooks import MethodHooks
-from torchgraft.output import Progress, check_space, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.pairing import pair_as
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.safetensors_header import read_header
-from torchgraft.sidecars import RECORD, UNDO, copy_into, sha256, sha256_of
+from torchgraft.sidecars import RECORD, UNDO
 from torchgraft.tensor_merge import TensorMerge
 from torchgraft.undo_record import UndoReader
 from torchgraft.weights import Applied
@@ -94,7 +95,7 @@ def unmerge_checkpoint(
 
 
 def _check_headers(origin: _Base | _Merged, expected: Mapping[str, Any]) -> None:
-    found = {file.name: sha256_of(file.header) for file in origin.layout.files}
+    found = {file.name: sha256_of_bytes(file.header) for file in origin.layout.files}
     if found != expected:
         raise MergeError(
             f"{origin.checkpoint.root}: the headers of the original's weight files are missing or other ones, so it cannot be given back"
@@ -108,7 +109,7 @@ def _write_files(origin: _Base | _Merged, record: Mapping[str, Any], directory: 
         if not source.is_file():
             raise MergeError(f"{origin.checkpoint.root}: {name} is missing, so the original cannot be given back whole")
         copy_into(source, target)
-        if sha256(target) != digest:
+        if sha256_of_file(target) != digest:
             raise MergeError(f"{source}: it is not the original's any more, so that cannot be given back. Nothing was left behind")
 
 

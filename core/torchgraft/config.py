@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from torchgraft.errors import ConfigError
-from torchgraft.selection import near
+from torchgraft.errors import ConfigError, near
 
 if TYPE_CHECKING:
     from torchgraft.site import Site

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TorchgraftError(Exception):
     """A mistake in the input. The command line shows it as one line and exits with 2."""
@@ -45,3 +47,11 @@ class ConformanceError(TorchgraftError, AssertionError):
 
 class TorchgraftWarning(UserWarning):
     """Allowed, but probably not what is wanted."""
+
+
+def near(query: str, names: Iterable[str]) -> str:
+    """ "; near names: …" with up to three of `names` that resemble `query`, or nothing."""
+    import difflib  # for what goes wrong alone: not at start-up
+
+    found = difflib.get_close_matches(query, sorted(set(names)), n=3, cutoff=0.5)
+    return f"; near names: {', '.join(found)}" if found else ""

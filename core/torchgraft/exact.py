@@ -6,7 +6,6 @@ would restore, and records where that misses: a sparse set of entries, and a has
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchgraft.errors import MergeError
+from torchgraft.hashes import row_major, sha256_of_tensor
 
 if TYPE_CHECKING:
     from torchgraft.graft import Form
@@ -113,7 +113,7 @@ def restore(nearly: Tensor, correction: Correction, digest_: str, where: str) ->
         MergeError: it has not.
     """
     restored = correct(nearly, correction)
-    if digest(restored) != digest_:
+    if sha256_of_tensor(restored) != digest_:
         raise not_restored(where)
     return restored
 
@@ -138,22 +138,5 @@ def _gaps(at: Numbers) -> Numbers:
 
 def _integers(tensor: Tensor) -> Numbers:
     """The flat tensor's bits; no copy if it lies so on the CPU."""
-    found: Numbers = _plain(tensor).view(BITS[tensor.element_size()]).numpy().reshape(-1)
+    found: Numbers = row_major(tensor).view(BITS[tensor.element_size()]).numpy().reshape(-1)
     return found
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU and in row-major order. Each call of torch hands the interpreter to another thread, so none is made in vain."""
-    if tensor.requires_grad or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.ndim else tensor.reshape(1)
-
-
-def digest(tensor: Tensor) -> str:
-    """SHA-256 of the tensor's bytes in row-major order."""
-    return hashlib.sha256(as_bytes(tensor)).hexdigest()
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order; without a copy if it lies so on the CPU."""
-    return _plain(tensor).view(torch.uint8).numpy().reshape(-1).data if tensor.numel() else memoryview(b"")

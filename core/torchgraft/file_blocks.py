@@ -14,7 +14,7 @@ from torch import Tensor
 from torchgraft import dtypes
 from torchgraft.blocks import Blocks, MemoryBlocks, row_blocks
 from torchgraft.digests import became_shorter
-from torchgraft.exact import as_bytes
+from torchgraft.hashes import as_bytes
 from torchgraft.kinds import Kind, Shape
 
 NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchgraft import dtypes
+from torchgraft.hashes import as_bytes, sha256_of_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +33,6 @@ def runs(numel: int) -> list[tuple[int, int]]:
 def of_tensor(stored: Tensor) -> str:
     """The fingerprint of a weight in memory; empty on the meta device."""
     import torch
-
-    from torchgraft.exact import as_bytes
 
     if stored.is_meta:
         return ""
@@ -78,7 +76,7 @@ def comparable(one: str, other: str) -> bool:
 
 def _digest(sample: bytes, dtype: str) -> str:
     kept = sample if dtype == "bfloat16" or dtype not in COMPARABLE else _to_bfloat16(sample, dtype).tobytes()
-    return hashlib.sha256(kept).hexdigest()[:32]
+    return sha256_of_bytes(kept)[:32]
 
 
 def _to_bfloat16(sample: bytes, dtype: str) -> np.ndarray[Any, Any]:

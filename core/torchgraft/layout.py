@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torchgraft.checkpoint import INDEX, WEIGHTS, Checkpoint, read_json
+from torchgraft.checkpoint import INDEX, WEIGHTS, Checkpoint
+from torchgraft.disk import read_json
 from torchgraft.dtypes import ADAPTABLE, SIZES
 from torchgraft.safetensors_header import Header, TensorEntry, dump_header
 

@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args
 from torchgraft.adapter_files import read_adapter
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint import INDEX, Checkpoint
+from torchgraft.disk import json_bytes
 from torchgraft.dtypes import ADAPTABLE, SIZES
 from torchgraft.errors import ConfigError, MergeError
+from torchgraft.hashes import sha256_of_file
 from torchgraft.kinds import Kind
 from torchgraft.layers import HEAD
 from torchgraft.layout import Layout, Placed, plan_layout
@@ -21,10 +23,9 @@ from torchgraft.manager import registry
 from torchgraft.merge_record import refuse_merged
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.other_weights import warn_of_other_weights
-from torchgraft.output import json_bytes
 from torchgraft.pairing import pair
 from torchgraft.quantization import Quantization
-from torchgraft.sidecars import Sidecars, sha256, sidecars_of
+from torchgraft.sidecars import Sidecars, sidecars_of
 
 Onto = Literal["quantized", "original"]
 SPARSE = 16
@@ -160,7 +161,7 @@ def _ingredient(checkpoint: Checkpoint, base: Base, path: str | Path, factor: fl
 
 
 def _refuse_same(ingredients: Sequence[Ingredient]) -> None:
-    hashes = [sha256(one.pairing.files.tensor_file) for one in ingredients] if len(ingredients) > 1 else []
+    hashes = [sha256_of_file(one.pairing.files.tensor_file) for one in ingredients] if len(ingredients) > 1 else []
     for number, found in enumerate(hashes):
         if found in hashes[:number]:
             raise MergeError(f"{ingredients[number].path}: this adapter is given twice; give it once, with the sum of the factors")

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.checkpoint import Checkpoint, leaves_directory, read_json
+from torchgraft.checkpoint import Checkpoint
+from torchgraft.disk import leaves_directory, read_json
 from torchgraft.errors import FileFormatError, MergeError
-from torchgraft.sidecars import RECORD, sha256
+from torchgraft.hashes import sha256_of_file
+from torchgraft.sidecars import RECORD
 
 FORMAT = 2
 ADAPTERS, HEADERS, BASE = "adapters", "headers", "base"
@@ -75,7 +77,7 @@ def adapters_in(checkpoint: Checkpoint) -> list[str]:
 def merged_already(checkpoint: Checkpoint, files: AdapterFiles) -> str:
     """Says so if this adapter is in the checkpoint already; else empty."""
     before = adapters_in(checkpoint)
-    if before and sha256(files.tensor_file) in before:
+    if before and sha256_of_file(files.tensor_file) in before:
         return f"{checkpoint.root}: the adapter {files.directory} is merged into it already ({RECORD}); use the base model"
     return ""
 

@@ -14,11 +14,12 @@ from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import PairedSite
 from torchgraft.bias_merge import BiasMerge
 from torchgraft.digests import digest_range
-from torchgraft.exact import as_bytes, make_correction
+from torchgraft.disk import Progress
+from torchgraft.exact import make_correction
 from torchgraft.file_blocks import FileBlocks, FileTensor, blocks_of, copy_bytes
+from torchgraft.hashes import as_bytes
 from torchgraft.layout import OutputFile, Placed
 from torchgraft.merge_plan import Change, MergePlan
-from torchgraft.output import Progress
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.tensor_merge import TensorMerge
 from torchgraft.undo_record import Corrections, UndoWriter

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torchgraft.bias_merge import BiasMerge
 from torchgraft.dequantized import Dequantized
 from torchgraft.errors import MergeError
-from torchgraft.exact import BITS, Undo, digest, make_correction, restore
+from torchgraft.exact import BITS, Undo, make_correction, restore
 from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
+from torchgraft.hashes import sha256_of_tensor
 from torchgraft.module_layers import own_state
 from torchgraft.tensor_merge import merge_tensor, unmerge_tensor
 from torchgraft.weights import Applied, changes_bias, check_no_bias, replacement
@@ -136,7 +137,7 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
     bias = _merged_bias(name, applied, module, part.site.out_features)
     undo = Undo(
         snapshot=_snapshot(part.tensors()),
-        merged={key: digest(tensor) for key, tensor in bias.items()},
+        merged={key: sha256_of_tensor(tensor) for key, tensor in bias.items()},
         originals=_snapshot({key: module._parameters[key] for key in bias}),  # type: ignore[misc]
         depth=_merges_on(module),
         fingerprint=frozen_fingerprint(part.site) if part.hooks.method.additive else of_site(part.site),
@@ -147,7 +148,7 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
         return
     original = part.site.stored_weight()
     merged = merge_tensor(name, kind, applied, original, needed)
-    undo = replace(undo, merged={**undo.merged, "weight": digest(merged)})
+    undo = replace(undo, merged={**undo.merged, "weight": sha256_of_tensor(merged)})
     if kind.quantized and not isinstance(module, Dequantized):
         # Codes have no room for the result: the layer is dense until it is unmerged.
         undo = replace(undo, form=form_of(module))
@@ -155,7 +156,7 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
         become(module, form_of(Dequantized(merged, new)))  # type: ignore[arg-type]
     else:
         nearly = unmerge_tensor(kind, applied, merged, needed)
-        undo = replace(undo, correction=make_correction(original, nearly), original=digest(original), needed=needed)
+        undo = replace(undo, correction=make_correction(original, nearly), original=sha256_of_tensor(original), needed=needed)
         _write(own_state(module), {"weight": merged, **bias})
     part.undo = undo
 
@@ -181,7 +182,7 @@ def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
     undo = Undo(
         originals=_snapshot(originals),
         snapshot=_snapshot(trained),
-        merged={key: digest(tensor) for key, tensor in replaced.items()},
+        merged={key: sha256_of_tensor(tensor) for key, tensor in replaced.items()},
         depth=_merges_on(module),
     )
     _write(originals, replaced)
@@ -208,7 +209,7 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
 def _check_unedited(name: str, state: Mapping[str, Tensor], undo: Undo) -> None:
     """An edit could hide under the corrections, so the merged tensors are checked before anything is restored."""
     for key, expected in undo.merged.items():
-        if digest(state[key]) != expected:
+        if sha256_of_tensor(state[key]) != expected:
             raise MergeError(f"{name}: its {key} was changed since the merge, so unmerging would lose that. Nothing was changed")
 
 

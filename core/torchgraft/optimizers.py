@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from torchgraft.errors import ConfigError, PluginError
-from torchgraft.selection import near
+from torchgraft.errors import ConfigError, PluginError, near
 
 TORCH = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD"}
 FAMILIES = {"adamw": "AdamW", "adam": "Adam", "lion": "Lion"}

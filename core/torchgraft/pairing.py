@@ -12,7 +12,7 @@ from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
 from torchgraft.config import parse_config
 from torchgraft.dtypes import ADAPTABLE
-from torchgraft.errors import PairingError, PluginError
+from torchgraft.errors import PairingError, PluginError, near
 from torchgraft.kinds import Shape
 from torchgraft.layers import Layer, is_inside, outer_names
 from torchgraft.manager import registry
@@ -20,7 +20,6 @@ from torchgraft.method import Method
 from torchgraft.naming import Naming, own_names
 from torchgraft.peft_pairing import pair_peft
 from torchgraft.planning import site_of
-from torchgraft.selection import near
 
 SHOWN = 3
 OTHER_BASE = "the base's weight is not the one that the adapter was made for: another model, or one that was merged into"

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.adapter import adapters
-from torchgraft.errors import AttachError
+from torchgraft.errors import AttachError, near
 from torchgraft.graft import Grafted, Part, TrainedCopy, named_parts
-from torchgraft.selection import near
 
 
 @contextmanager

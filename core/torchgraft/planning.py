@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torchgraft.checkpoint import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint, module_names
-from torchgraft.errors import AttachError, ConfigError, SelectionError, TorchgraftWarning
+from torchgraft.errors import AttachError, ConfigError, SelectionError, TorchgraftWarning, near
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.naming import parent_of
-from torchgraft.selection import name_matcher, near, select
+from torchgraft.selection import name_matcher, select
 from torchgraft.site import Site
 
 if TYPE_CHECKING:

@@ -10,10 +10,9 @@ from typing import Any
 import pluggy
 
 from torchgraft import hookspecs
-from torchgraft.errors import PluginError
+from torchgraft.errors import PluginError, near
 from torchgraft.method import Method
 from torchgraft.plugin_info import PluginInfo
-from torchgraft.selection import near
 
 GIVES = ("adapter_method", "layer_kind", "register_commands")
 """The hooks by which a plugin gives something; by the others a method works."""

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
-import torchgraft
 from torchgraft.errors import PluginError
+from torchgraft.version import __version__
 
 DISTRIBUTION = "torchgraft"
 
@@ -48,9 +48,9 @@ def check_version(point: EntryPoint) -> None:
     dist = point.dist
     for requirement in map(Requirement, (dist.requires or ()) if dist is not None and dist.name != DISTRIBUTION else ()):
         applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        fits = requirement.specifier.contains(torchgraft.__version__, prereleases=True)
+        fits = requirement.specifier.contains(__version__, prereleases=True)
         if canonicalize_name(requirement.name) == DISTRIBUTION and applies and not fits:
-            raise PluginError(f"it requires {requirement}, and this is torchgraft {torchgraft.__version__}")
+            raise PluginError(f"it requires {requirement}, and this is torchgraft {__version__}")
 
 
 def bundled_first(point: EntryPoint) -> tuple[bool, str, str]:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from torchgraft import fingerprint
-from torchgraft.checkpoint import locate, read_json
+from torchgraft.checkpoint import locate
+from torchgraft.disk import read_json
 from torchgraft.errors import AttachError, FileFormatError
 from torchgraft.layers import Layer
 from torchgraft.planning import plan

@@ -15,9 +15,9 @@ import torch
 
 from torchgraft.checkpoint import Checkpoint
 from torchgraft.digests import quick_turns
+from torchgraft.disk import Progress, silent
 from torchgraft.file_blocks import FileTensor
 from torchgraft.layout import Layout, OutputFile, Placed
-from torchgraft.output import Progress, silent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

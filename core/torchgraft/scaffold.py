@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
-import torchgraft
+from torchgraft.disk import new_directory, refuse_existing
 from torchgraft.errors import PluginError
 from torchgraft.manager import registry
-from torchgraft.output import new_directory, refuse_existing
+from torchgraft.version import __version__
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
@@ -46,7 +46,7 @@ def new_plugin(name: str, directory: str | Path) -> list[Path]:
         "module": module,
         "camel": "".join(word.capitalize() for word in name.split("_")),
         "distribution": distribution_of(name),
-        "requirement": _requirement(torchgraft.__version__),
+        "requirement": _requirement(__version__),
     }
     places = {
         "pyproject.toml": "pyproject.toml",

@@ -15,14 +15,13 @@ number in its name. Every pattern and every block must match something, or the c
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torchgraft import roles
-from torchgraft.errors import SelectionError
+from torchgraft.errors import SelectionError, near
 from torchgraft.layers import Layer
 
 MAX_NAMES = 10_000
@@ -119,12 +118,6 @@ def block_of(name: str) -> int | None:
     """The first number among the segments: layers.3.mlp.experts.5.w1 is in block 3."""
     number = next((segment for segment in name.split(".") if segment.isdecimal()), None)
     return None if number is None or len(number) > MAX_DIGITS else int(number)
-
-
-def near(query: str, names: Iterable[str]) -> str:
-    """ "; near names: …" with up to three of `names` that resemble `query`, or nothing."""
-    found = difflib.get_close_matches(query, sorted(set(names)), n=3, cutoff=0.5)
-    return f"; near names: {', '.join(found)}" if found else ""
 
 
 def _role(body: str) -> Callable[[Layer], bool]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchgraft.exact import digest
+from torchgraft.hashes import sha256_of_tensor
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.site import Site
 
@@ -41,7 +41,7 @@ class SharedTensors:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each, for they are not saved, and must be the same when they are made again."""
-        return {name: digest(tensor) for name, tensor in self._made.items()}
+        return {name: sha256_of_tensor(tensor) for name, tensor in self._made.items()}
 
     def __deepcopy__(self, memo: Any) -> SharedTensors:
         return self  # nobody changes them

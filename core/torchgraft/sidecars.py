@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import filecmp
-import hashlib
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from torchgraft.checkpoint import Checkpoint, read_json
+from torchgraft.checkpoint import Checkpoint
+from torchgraft.disk import read_json
 from torchgraft.errors import FileFormatError, MergeError
 
 RECORD = "torchgraft_merge.json"
@@ -138,21 +137,6 @@ def _files(root: Path) -> list[Path]:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def copy_into(source: Path, target: Path) -> None:
-    """Copy one file (the content of a link) and its mode, with the directories above it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source, target)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def _is_other_form(relative: Path) -> bool:

@@ -28,8 +28,8 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
     MODEL is a checkpoint directory, a .safetensors file or a hub id. Without --target it is @linear: every matrix but
     the output head.
     """
+    from torchgraft.disk import refuse_existing
     from torchgraft.errors import SelectionError, TorchgraftWarning
-    from torchgraft.output import refuse_existing
 
     refuse_existing(output)
     chosen = choose(model, plugin, **selection)

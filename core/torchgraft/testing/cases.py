@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torchgraft import attaching
 from torchgraft.adapter import Adapter
 from torchgraft.config import Config, parse_config
-from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning
+from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning, near
 from torchgraft.graft import SitePart
 from torchgraft.kinds import Kind, kind_of
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.planning import plan, site_of
-from torchgraft.selection import near
 from torchgraft.site import Site
 from torchgraft.testing.compare import SkippedError
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from torchgraft.config import parse_config
-from torchgraft.errors import ConfigError, ConformanceError, TorchgraftError
+from torchgraft.errors import ConfigError, ConformanceError, TorchgraftError, near
 from torchgraft.manager import registry
-from torchgraft.selection import near
 from torchgraft.testing.cases import Subject, isolated
 from torchgraft.testing.catalogue import CHECKS
 from torchgraft.testing.checks import Check

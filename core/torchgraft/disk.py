@@ -10,10 +10,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from torchgraft.errors import FileFormatError, TorchgraftWarning
+
+if TYPE_CHECKING:
+    pass
+
 
 Progress = Callable[[int, int], None]
 """Called with the number of bytes that were just written, and of all that will be."""
@@ -149,3 +153,31 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def copy_into(source: Path, target: Path) -> None:
+    """Copy one file (the content of a link) and its mode, with the directories above it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+
+
+def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+    """The JSON object in `path`."""
+    try:
+        if path.exists() and not path.is_file():
+            raise FileFormatError(f"{path}: not a regular file")  # a pipe would be waited for
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if missing_ok:
+            return {}
+        raise FileFormatError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise FileFormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
+    return document
+
+
+def leaves_directory(name: str) -> bool:
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name
