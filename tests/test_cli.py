@@ -376,7 +376,7 @@ def test_a_bug_is_one_line_and_its_traceback_on_request(adapt: Adapt, tiny: Path
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError(message)
 
-    monkeypatch.setattr("torchgraft.checkpoint.open_checkpoint", broken)
+    monkeypatch.setattr("torchgraft.checkpoint.reading.open_checkpoint", broken)
     short, long = adapt("inspect", tiny), adapt("--debug", "inspect", tiny)
     assert (short.code, short.out, long.code, long.out) == (1, "", 1, "")
     assert re.fullmatch(r"error: .*RuntimeError: (boom|CUDA error).*--debug.*\n", short.err)
@@ -388,7 +388,7 @@ def test_interrupted_command_says_so(adapt: Adapt, tiny: Path, monkeypatch: pyte
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchgraft.checkpoint.open_checkpoint", interrupt)
+    monkeypatch.setattr("torchgraft.checkpoint.reading.open_checkpoint", interrupt)
     result = adapt("inspect", tiny)
     assert (result.code, result.out, result.err.strip()) == (130, "", "error: interrupted; nothing was left behind")
 

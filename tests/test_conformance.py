@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from tiny_methods import OnLinears, Pair, Scaled, registered
-from torchgraft.torch_kinds import Linear
+from torchgraft.kinds.dense import Linear
 
 BUNDLED = ("adalora", "dora", "lora", "loraplus", "qlora")
 UNCLAIMED = {

@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 import torchgraft as tg
 from torchgraft import dtypes
 from torchgraft.checking import check
-from torchgraft.checkpoint import INDEX, open_checkpoint
+from torchgraft.checkpoint.header import dump_header, read_header
+from torchgraft.checkpoint.reading import INDEX, open_checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint
 from torchgraft.errors import FileFormatError
-from torchgraft.safetensors_header import dump_header, read_header
 from torchgraft_cli.main import main
 
 SECONDS = 20

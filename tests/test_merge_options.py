@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
-from torchgraft import blocks, file_blocks
+from torchgraft import file_blocks
 from torchgraft.errors import ConfigError, FileFormatError, MergeError, TorchgraftError, TorchgraftWarning
+from torchgraft.kinds import blocks
 from torchgraft.rewriting import Workers
 
 LAYERS = {"q_proj": (8, 8), "up_proj": (24, 8), "down_proj": (8, 24)}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
-from torchgraft.bnb_kinds import Linear4bit
 from torchgraft.errors import MergeError, TorchgraftWarning
-from torchgraft.quantizing import quantized_linear
+from torchgraft.kinds.quantized import Linear4bit
+from torchgraft.kinds.quantizing import quantized_linear
 
 OPTIONS = [
     {"quant_type": "nf4", "double_quant": True, "compute_dtype": "bfloat16"},

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from safetensors.torch import save
 
 from torchgraft import dtypes
+from torchgraft.checkpoint.header import MAX_HEADER, Header, dump_header, read_header
 from torchgraft.errors import FileFormatError
-from torchgraft.safetensors_header import MAX_HEADER, Header, dump_header, read_header
 
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -15,7 +15,7 @@ import click
 from torchgraft.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torchgraft.checkpoint import Checkpoint
+    from torchgraft.checkpoint.reading import Checkpoint
     from torchgraft.config import Config
     from torchgraft.layers import Layer
     from torchgraft.method_hooks import MethodHooks
@@ -91,7 +91,7 @@ def choose(
     kinds: tuple[str, ...],
 ) -> Chosen:
     """What the selection options say, on the checkpoint `source`."""
-    from torchgraft.checkpoint import open_checkpoint
+    from torchgraft.checkpoint.reading import open_checkpoint
     from torchgraft.config import parse_config
     from torchgraft.manager import registry
     from torchgraft.planning import configure, plan

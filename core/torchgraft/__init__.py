@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from torchgraft.exporting import ExportReport as ExportReport, export_adapter as export_adapter
     from torchgraft.graft import SitePart as SitePart
     from torchgraft.hookspecs import hookimpl as hookimpl
-    from torchgraft.kinds import Kind as Kind
+    from torchgraft.kinds.kind import Kind as Kind
+    from torchgraft.kinds.quantization import Quantization as Quantization
+    from torchgraft.kinds.quantizing import quantized_linear as quantized_linear
     from torchgraft.lowrank import (
         LowRankPeft as LowRankPeft,
         factor_shapes as factor_shapes,
@@ -45,9 +47,7 @@ if TYPE_CHECKING:
     from torchgraft.method import Method as Method, PeftFormat as PeftFormat
     from torchgraft.per_sample import per_sample as per_sample
     from torchgraft.planning import Plan as Plan, plan as plan
-    from torchgraft.quantization import Quantization as Quantization
     from torchgraft.quantized_loading import load_quantized as load_quantized
-    from torchgraft.quantizing import quantized_linear as quantized_linear
     from torchgraft.resizing import Resize as Resize
     from torchgraft.site import Site as Site
 
@@ -65,15 +65,15 @@ _HOMES = {
     "exporting": "ExportReport export_adapter",
     "graft": "SitePart",
     "hookspecs": "hookimpl",
-    "kinds": "Kind",
+    "kinds.kind": "Kind",
+    "kinds.quantization": "Quantization",
+    "kinds.quantizing": "quantized_linear",
     "lowrank": "LowRankPeft factor_shapes factors init_factors scaled_param_groups",
     "manager": "Registry registry",
     "method": "Method PeftFormat",
     "per_sample": "per_sample",
     "planning": "Plan plan",
-    "quantization": "Quantization",
     "quantized_loading": "load_quantized",
-    "quantizing": "quantized_linear",
     "resizing": "Resize",
     "site": "Site",
 }

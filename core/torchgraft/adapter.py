@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchgraft import bnb_kinds, graft, module_merge
+from torchgraft import graft, module_merge
 from torchgraft.config import Config
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
 from torchgraft.graft import Part, SitePart, TrainedCopy
+from torchgraft.kinds import quantized
 from torchgraft.layers import Layer
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
@@ -277,7 +278,7 @@ class Adapter:
                 parameter.requires_grad_(True)
             for encoder in attached.nested:
                 encoder.use_nested_tensor = True
-            bnb_kinds.let_repack(attached.repacking)
+            quantized.let_repack(attached.repacking)
             delattr(self.model, STATE)
 
     def save(self, directory: str | PathLike[str]) -> None:

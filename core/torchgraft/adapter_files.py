@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
-from torchgraft.checkpoint import read_tensor
+from torchgraft.checkpoint.header import Header, read_header
+from torchgraft.checkpoint.reading import read_tensor
 from torchgraft.disk import read_json
 from torchgraft.errors import FileFormatError
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
-from torchgraft.safetensors_header import Header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchgraft import fingerprint
 from torchgraft.adapter import Adapter
 from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.attaching import attach
 from torchgraft.bases import Pairing, base_of_module
+from torchgraft.checkpoint import fingerprint
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.other_weights import warn_of_other_weights
 from torchgraft.pairing import pair

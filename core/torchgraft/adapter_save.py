@@ -13,12 +13,12 @@ from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG
 from torchgraft.config import Config
 from torchgraft.disk import json_bytes, replace_file
 from torchgraft.errors import FileFormatError
-from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import SitePart
 from torchgraft.hashes import sha256_of_bytes
 from torchgraft.manager import registry
 from torchgraft.method import Method
-from torchgraft.site import Site
+from torchgraft.module_merge import frozen_fingerprint
+from torchgraft.site import Site, fingerprint_of
 from torchgraft.version import __version__
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _saved(part: SitePart) -> SavedSite:
     elif part.hooks.method.additive:
         known = frozen_fingerprint(site)
     else:  # of a weight with adapters in it that are not merged, the last bits are those of the arithmetic here
-        known = "" if beneath else of_site(site)
+        known = "" if beneath else fingerprint_of(site)
     return SavedSite(site, part.config, part.tensors(), known, beneath)
 
 

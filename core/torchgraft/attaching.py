@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft import bnb_kinds, fused, graft
+from torchgraft import fused, graft
 from torchgraft.adapter import Adapter, adapters, attached_to
 from torchgraft.config import Config, parse_config
 from torchgraft.errors import AttachError, PluginError
 from torchgraft.graft import Form, SitePart, TrainedCopy
-from torchgraft.kinds import kind_of
+from torchgraft.kinds import quantized
+from torchgraft.kinds.kind import kind_of
 from torchgraft.layers import Layer, is_inside
 from torchgraft.manager import registry
 from torchgraft.planning import configure, plan, site_of
@@ -104,7 +105,7 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.requires_grad_(False)
         attached.nested = fused.stop_nesting(model)
-        attached.repacking = bnb_kinds.stop_repacking(model)
+        attached.repacking = quantized.stop_repacking(model)
     in_fused_layers = fused.modules_in_fused_layers(model)
     for module, part in adapter.by_module().values():
         graft.attach(module, name, part, needs_hook=module in in_fused_layers)

@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from torchgraft import fingerprint, peft_names, renames
+from torchgraft import peft_names, renames
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint import fingerprint
+from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint
 from torchgraft.config import Config
 from torchgraft.errors import PairingError
-from torchgraft.kinds import Shape
+from torchgraft.kinds.kind import Shape
 from torchgraft.layers import Layer, by_name
 from torchgraft.manager import registry
 from torchgraft.method import Method
 from torchgraft.naming import Naming, described, owner_of
 from torchgraft.planning import site_of
 from torchgraft.plugin_info import DISTRIBUTION
-from torchgraft.site import Site
+from torchgraft.site import Site, fingerprint_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,7 +144,7 @@ def base_of_module(model: nn.Module) -> Base:
     layers = by_name(layers_of_module(model, registry().kinds()))
 
     def sample(name: str) -> str:
-        return fingerprint.of_site(site_of(layers[name], model.get_submodule(name)))
+        return fingerprint_of(site_of(layers[name], model.get_submodule(name)))
 
     shapes = own_shapes(model)
     return Base(type(model).__name__, layers, shapes, sample, is_module=True, namings=lambda: renames.of_module(model, shapes))

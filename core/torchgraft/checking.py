@@ -9,7 +9,7 @@ from pathlib import Path
 from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_tensors import not_finite
 from torchgraft.bases import Base, Pairing, base_of_checkpoint
-from torchgraft.checkpoint import open_checkpoint
+from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.errors import TorchgraftError
 from torchgraft.merge_record import merged_already
 from torchgraft.pairing import pair

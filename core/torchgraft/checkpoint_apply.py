@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from torchgraft import fingerprint
 from torchgraft.adapter_save import Contents, SavedSite, also_saved, write
 from torchgraft.attaching import seed_of
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint import fingerprint
+from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.checkpoint_layers import module_names
 from torchgraft.config import Config
 from torchgraft.disk import new_directory

@@ -17,16 +17,16 @@ from functools import cache
 from math import prod
 from typing import TYPE_CHECKING
 
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint.header import TensorEntry
+from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, SelectionError, near
 from torchgraft.layers import HEAD, Layer
 from torchgraft.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
-from torchgraft.safetensors_header import TensorEntry
 from torchgraft.selection import name_matcher
 
 if TYPE_CHECKING:
-    from torchgraft.kinds import Kind
+    from torchgraft.kinds.kind import Kind
 
 CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchgraft.adapter_files import NATIVE, PEFT_CONFIG
-from torchgraft.checkpoint import open_checkpoint
+from torchgraft.checkpoint.layout import relative_name
+from torchgraft.checkpoint.reading import open_checkpoint
+from torchgraft.checkpoint.sidecars import RECORD, UNDO
 from torchgraft.digests import digesting
 from torchgraft.disk import (
     Progress,
@@ -31,10 +33,8 @@ from torchgraft.disk import (
 )
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
-from torchgraft.layout import relative_name
 from torchgraft.merge_plan import MergePlan, Onto, plan_merge
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
-from torchgraft.sidecars import RECORD, UNDO
 from torchgraft.version import __version__
 
 if TYPE_CHECKING:

@@ -13,22 +13,22 @@ from torchgraft import exact
 from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import PairedSite, Pairing, base_of_checkpoint
-from torchgraft.checkpoint import Checkpoint, open_checkpoint
+from torchgraft.checkpoint.header import read_header
+from torchgraft.checkpoint.layout import Layout, OutputFile, Placed, plan_layout, same_file
+from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
+from torchgraft.checkpoint.sidecars import RECORD, UNDO
 from torchgraft.digests import digest_range
 from torchgraft.disk import Progress, check_space, copy_into, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
 from torchgraft.file_blocks import FileTensor, blocks_of, copy_bytes
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
-from torchgraft.kinds import Kind
-from torchgraft.layout import Layout, OutputFile, Placed, plan_layout, same_file
+from torchgraft.kinds.kind import Kind
 from torchgraft.manager import registry
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.pairing import pair_as
 from torchgraft.rewriting import Workers, opened, start_files
-from torchgraft.safetensors_header import read_header
-from torchgraft.sidecars import RECORD, UNDO
 from torchgraft.tensor_merge import TensorMerge
 from torchgraft.undo_record import UndoReader
 from torchgraft.weights import Applied

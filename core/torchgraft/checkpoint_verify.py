@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchgraft.checkpoint import open_checkpoint
+from torchgraft.checkpoint.fingerprint import runs
+from torchgraft.checkpoint.layout import OutputFile, Placed
+from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.errors import MergeError
 from torchgraft.file_blocks import FileTensor, lies_by_rows, read_exactly
-from torchgraft.fingerprint import runs
-from torchgraft.kinds import Kind
-from torchgraft.layout import OutputFile, Placed
+from torchgraft.kinds.kind import Kind
 from torchgraft.merge_run import MergeRun, jobs
 from torchgraft.rewriting import Workers, opened
 

@@ -7,10 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Event, Thread
 
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint.reading import Checkpoint, became_shorter
 from torchgraft.errors import FileFormatError
 
 CHUNK = 1 << 24
@@ -41,10 +40,6 @@ def digest_range(
         sha.update(room[:read])
         begin += read
     return sha.hexdigest()
-
-
-def became_shorter(where: str | Path) -> FileFormatError:
-    return FileFormatError(f"{where}: the file became shorter while it was read")
 
 
 @contextmanager

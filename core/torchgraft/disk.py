@@ -11,13 +11,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchgraft.errors import FileFormatError, TorchgraftWarning
-
-if TYPE_CHECKING:
-    pass
-
 
 Progress = Callable[[int, int], None]
 """Called with the number of bytes that were just written, and of all that will be."""

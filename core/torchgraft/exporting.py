@@ -16,7 +16,7 @@ from torchgraft.adapter_files import AdapterFiles, read_adapter
 from torchgraft.adapter_save import Contents, SavedSite, write
 from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
-from torchgraft.checkpoint import Checkpoint, open_checkpoint
+from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import module_names
 from torchgraft.config import LowRankConfig
 from torchgraft.disk import new_directory, refuse_existing

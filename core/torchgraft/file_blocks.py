@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from torchgraft import dtypes
-from torchgraft.blocks import Blocks, MemoryBlocks, row_blocks
-from torchgraft.digests import became_shorter
+from torchgraft.checkpoint.reading import became_shorter
 from torchgraft.hashes import as_bytes
-from torchgraft.kinds import Kind, Shape
+from torchgraft.kinds.blocks import Blocks, MemoryBlocks, row_blocks
+from torchgraft.kinds.kind import Kind, Shape
 
 NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 """How the kernel says that it cannot copy between these two files itself."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchgraft.config import Config
 from torchgraft.errors import AttachError, PluginError
 from torchgraft.exact import Undo
+from torchgraft.kinds.kind import CARRIER, CHILD
 from torchgraft.manager import registry
 from torchgraft.shared import SharedTensors
 from torchgraft.site import Site
@@ -25,8 +26,6 @@ from torchgraft.weights import exactly, widened
 
 if TYPE_CHECKING:
     from torchgraft.per_sample import Routes
-
-CHILD = "adapters"
 
 
 class Part(nn.Module):
@@ -158,7 +157,6 @@ class TrainedCopy(Part):
 class Grafted(nn.Module):
     """Mixed into the class of a module that carries adapters."""
 
-    _torchgraft = True
     _graft_routes: Routes | None = None
     """Set where each sample of a batch has an adapter of its own."""
     adapters: nn.ModuleDict
@@ -179,6 +177,8 @@ class Grafted(nn.Module):
             rest[0] = {key: value for key, value in rest[0].items() if key != "_graft_routes"}
         return (_rebuild, (base_class(self), *arguments[1:]), *rest)
 
+
+setattr(Grafted, CARRIER, True)
 
 _classes: dict[type, type[nn.Module]] = {}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from torchgraft.kinds import Kind, Shape
+from torchgraft.kinds.kind import Kind, Shape
 from torchgraft.method import Method
 
 if TYPE_CHECKING:

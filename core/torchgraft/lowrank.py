@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torchgraft import dtypes, peft_names
 from torchgraft.config import LowRankConfig
 from torchgraft.errors import ConfigError, PairingError, TorchgraftWarning
-from torchgraft.kinds import Shape
+from torchgraft.kinds.kind import Shape
 from torchgraft.method import Role
 
 if TYPE_CHECKING:

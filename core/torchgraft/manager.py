@@ -17,16 +17,16 @@ from typing import Any
 
 import pluggy
 
-from torchgraft import bnb_kinds, torch_kinds
 from torchgraft.errors import PluginError, TorchgraftWarning, near
-from torchgraft.kinds import Kind
+from torchgraft.kinds import dense, quantized
+from torchgraft.kinds.kind import Kind
 from torchgraft.method import Method
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.plugin_checks import check_hooks, let_observe, method_of, new_manager, own_hooks
 from torchgraft.plugin_info import DISTRIBUTION, PluginInfo, bundled_first, check_version, info_of, is_allowed, is_strict, taken
 
 GROUP = "torchgraft"
-BUILTIN_KINDS = (*bnb_kinds.KINDS, *torch_kinds.KINDS)  # the quantised linears first: they are subclasses of nn.Linear
+BUILTIN_KINDS = (*quantized.KINDS, *dense.KINDS)  # the quantised linears first: they are subclasses of nn.Linear
 
 
 class Registry:

@@ -11,21 +11,21 @@ from typing import Any, Literal, get_args
 
 from torchgraft.adapter_files import read_adapter
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
-from torchgraft.checkpoint import INDEX, Checkpoint
+from torchgraft.checkpoint.layout import Layout, Placed, plan_layout
+from torchgraft.checkpoint.reading import INDEX, Checkpoint
+from torchgraft.checkpoint.sidecars import Sidecars, sidecars_of
 from torchgraft.disk import json_bytes
 from torchgraft.dtypes import ADAPTABLE, SIZES
 from torchgraft.errors import ConfigError, MergeError
 from torchgraft.hashes import sha256_of_file
-from torchgraft.kinds import Kind
+from torchgraft.kinds.kind import Kind
+from torchgraft.kinds.quantization import Quantization
 from torchgraft.layers import HEAD
-from torchgraft.layout import Layout, Placed, plan_layout
 from torchgraft.manager import registry
 from torchgraft.merge_record import refuse_merged
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.other_weights import warn_of_other_weights
 from torchgraft.pairing import pair
-from torchgraft.quantization import Quantization
-from torchgraft.sidecars import Sidecars, sidecars_of
 
 Onto = Literal["quantized", "original"]
 SPARSE = 16

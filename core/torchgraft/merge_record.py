@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from torchgraft.adapter_files import AdapterFiles
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint.reading import Checkpoint
+from torchgraft.checkpoint.sidecars import RECORD
 from torchgraft.disk import leaves_directory, read_json
 from torchgraft.errors import FileFormatError, MergeError
 from torchgraft.hashes import sha256_of_file
-from torchgraft.sidecars import RECORD
 
 FORMAT = 2
 ADAPTERS, HEADERS, BASE = "adapters", "headers", "base"

@@ -13,12 +13,12 @@ from torchgraft import dtypes
 from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import PairedSite
 from torchgraft.bias_merge import BiasMerge
+from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.digests import digest_range
 from torchgraft.disk import Progress
 from torchgraft.exact import make_correction
 from torchgraft.file_blocks import FileBlocks, FileTensor, blocks_of, copy_bytes
 from torchgraft.hashes import as_bytes
-from torchgraft.layout import OutputFile, Placed
 from torchgraft.merge_plan import Change, MergePlan
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.tensor_merge import TensorMerge
@@ -115,6 +115,6 @@ def jobs(plan: MergePlan) -> list[tuple[OutputFile, Placed]]:
 def _start(quantization: Mapping[str, object], source: FileTensor) -> Tensor | None:
     if not quantization:
         return None
-    from torchgraft.quantizing import round_trip  # bitsandbytes takes seconds
+    from torchgraft.kinds.quantized import round_trip
 
     return round_trip(source.mapped(written=False), quantization)

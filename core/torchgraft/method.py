@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from torchgraft.config import Config
 from torchgraft.errors import PluginError
-from torchgraft.kinds import Shape
+from torchgraft.kinds.kind import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor

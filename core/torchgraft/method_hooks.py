@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pluggy
 
 from torchgraft.errors import PluginError
-from torchgraft.kinds import Shape
+from torchgraft.kinds.kind import Shape
 from torchgraft.method import Method
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from math import prod
 
 from torch import Tensor, nn
 
-from torchgraft import dtypes, graft
-from torchgraft.kinds import Kind, kind_of
+from torchgraft import dtypes
+from torchgraft.kinds.kind import CHILD, Kind, carries_adapters, kind_of
 from torchgraft.layers import Layer, is_inside
 
 
@@ -31,7 +31,7 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         for key, child in module._modules.items():
-            if child is not None and not (key == graft.CHILD and isinstance(module, graft.Grafted)):
+            if child is not None and not (key == CHILD and carries_adapters(module)):
                 yield from walk(f"{name}.{key}" if name else key, child)
 
     return walk("", model)
@@ -50,9 +50,7 @@ def own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's `state_dict` without what adapters have added."""
-    added = {
-        f"{name}.{graft.CHILD}" if name else graft.CHILD for name, child in named_base_modules(module) if isinstance(child, graft.Grafted)
-    }
+    added = {f"{name}.{CHILD}" if name else CHILD for name, child in named_base_modules(module) if carries_adapters(child)}
     return {key: tensor for key, tensor in module.state_dict().items() if not is_inside(key, added)}
 
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from torchgraft.bias_merge import BiasMerge
-from torchgraft.dequantized import Dequantized
 from torchgraft.errors import MergeError
 from torchgraft.exact import BITS, Undo, make_correction, restore
-from torchgraft.fingerprint import frozen_fingerprint, of_site
 from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
 from torchgraft.hashes import sha256_of_tensor
+from torchgraft.kinds.quantizing import Dequantized
 from torchgraft.module_layers import own_state
+from torchgraft.site import fingerprint_of
 from torchgraft.tensor_merge import merge_tensor, unmerge_tensor
 from torchgraft.weights import Applied, changes_bias, check_no_bias, replacement
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from torchgraft.site import Site
+
 
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
@@ -140,7 +147,7 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
         merged={key: sha256_of_tensor(tensor) for key, tensor in bias.items()},
         originals=_snapshot({key: module._parameters[key] for key in bias}),  # type: ignore[misc]
         depth=_merges_on(module),
-        fingerprint=frozen_fingerprint(part.site) if part.hooks.method.additive else of_site(part.site),
+        fingerprint=frozen_fingerprint(part.site) if part.hooks.method.additive else fingerprint_of(part.site),
     )
     if not part.hooks.merges_weight:
         _write(module._parameters, bias)  # type: ignore[arg-type]
@@ -249,3 +256,12 @@ def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         for key, value in before.items():
             targets[key].copy_(value)
         raise
+
+
+def frozen_fingerprint(site: Site) -> str:
+    """Of the weight as it was before any adapter was merged into it."""
+    from torchgraft.graft import parts_of
+
+    parts = parts_of(site.module) if site.module is not None else []
+    first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)
+    return first.fingerprint if first is not None else fingerprint_of(site)

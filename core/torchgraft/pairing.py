@@ -7,13 +7,14 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torchgraft import fingerprint, peft_names
+from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
+from torchgraft.checkpoint import fingerprint
 from torchgraft.config import parse_config
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import PairingError, PluginError, near
-from torchgraft.kinds import Shape
+from torchgraft.kinds.kind import Shape
 from torchgraft.layers import Layer, is_inside, outer_names
 from torchgraft.manager import registry
 from torchgraft.method import Method

@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.checkpoint import Checkpoint, open_checkpoint
+from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint, module_names
 from torchgraft.errors import AttachError, ConfigError, SelectionError, TorchgraftWarning, near
 from torchgraft.layers import Layer, is_inside

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from torchgraft import fingerprint
-from torchgraft.checkpoint import locate
+from torchgraft.checkpoint import fingerprint
+from torchgraft.checkpoint.hub import locate
 from torchgraft.disk import read_json
 from torchgraft.errors import AttachError, FileFormatError
+from torchgraft.kinds.quantization import Quantization
+from torchgraft.kinds.quantizing import blank_linear, set_weight
 from torchgraft.layers import Layer
 from torchgraft.planning import plan
-from torchgraft.quantization import Quantization
-from torchgraft.quantizing import blank_linear, set_weight
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

@@ -13,11 +13,11 @@ from typing import TypeVar
 
 import torch
 
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint.layout import Layout, OutputFile, Placed
+from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.digests import quick_turns
 from torchgraft.disk import Progress, silent
 from torchgraft.file_blocks import FileTensor
-from torchgraft.layout import Layout, OutputFile, Placed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

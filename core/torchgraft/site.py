@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from torchgraft.checkpoint.fingerprint import SOURCE, of_tensor
 from torchgraft.errors import AttachError
-from torchgraft.kinds import Kind, Shape, traced
+from torchgraft.kinds.kind import Kind, Shape, traced
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,7 +95,7 @@ class Site:
         Args:
             stored: what `stored_weight` gave, if it is at hand.
         """
-        from torchgraft.blocks import row_blocks
+        from torchgraft.kinds.blocks import row_blocks
 
         stored = self.stored_weight() if stored is None else stored
         matrix = self.kind.to_canonical(stored)
@@ -248,3 +249,10 @@ def _widened(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+
+
+def fingerprint_of(site: Site) -> str:
+    """The fingerprint of a site's weight; of a quantised one, that of the weight it was quantised from, if that is known."""
+    if site.module is not None and site.kind.quantized:
+        return str(site.module.__dict__.get(SOURCE, ""))
+    return of_tensor(site.stored_weight())

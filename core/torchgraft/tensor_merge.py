@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchgraft.blocks import MemoryBlocks
-from torchgraft.kinds import Kind, Shape
+from torchgraft.kinds.blocks import MemoryBlocks
+from torchgraft.kinds.kind import Kind, Shape
 from torchgraft.weights import Applied, LayerMerge, check_finite, exactly, replacement, tolerance
 
 

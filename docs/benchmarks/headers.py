@@ -66,7 +66,7 @@ def experts() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def write_sparse(path: Path, shapes: Shapes) -> None:
-    from torchgraft.safetensors_header import dump_header
+    from torchgraft.checkpoint.header import dump_header
 
     header = dump_header({name: ("bfloat16", shape) for name, shape in shapes.items()}, {"format": "pt"})
     size = sum(2 * int(shape[0]) * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())

@@ -61,7 +61,7 @@ def _inspect_selection(chosen: Chosen, depth: int | None, as_json: bool) -> None
 
 
 def _inspect_model(source: str, kinds: tuple[str, ...], depth: int | None, as_json: bool) -> None:
-    from torchgraft.checkpoint import open_checkpoint
+    from torchgraft.checkpoint.reading import open_checkpoint
     from torchgraft.checkpoint_layers import layers_of_checkpoint
 
     layers = tuple(layers_of_checkpoint(open_checkpoint(source), parse_kinds(kinds)))

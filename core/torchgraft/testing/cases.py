@@ -18,7 +18,7 @@ from torchgraft.adapter import Adapter
 from torchgraft.config import Config, parse_config
 from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning, near
 from torchgraft.graft import SitePart
-from torchgraft.kinds import Kind, kind_of
+from torchgraft.kinds.kind import Kind, kind_of
 from torchgraft.manager import registry
 from torchgraft.method_hooks import MethodHooks
 from torchgraft.planning import plan, site_of

@@ -7,7 +7,7 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.kinds import Kind, Shape, dropped, traced, with_gain
+from torchgraft.kinds.kind import Kind, Shape, dropped, traced, with_gain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Linear(Kind):
         """As in `Kind`, by one product that adds to what the layer returned: no tensor of (…, out) is made for the update."""
         from torch.nn import functional as F
 
-        from torchgraft.mixed import autocast, is_wider, wide_low_rank
+        from torchgraft.kinds.autograd import autocast, is_wider, wide_low_rank
 
         if x.is_nested:
             return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias)

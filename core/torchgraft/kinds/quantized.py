@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.kinds import Kind, Shape
-from torchgraft.torch_kinds import Linear
+from torchgraft import dtypes
+from torchgraft.kinds.dense import Linear
+from torchgraft.kinds.kind import Kind, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
@@ -77,7 +78,7 @@ class Linear4bit(Quantized):
 
     def weight_for_product(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor | None:
         """On a CPU, where bitsandbytes dequantises for each product. Elsewhere it may read the codes."""
-        from torchgraft.mixed import autocast
+        from torchgraft.kinds.autograd import autocast
 
         here = x.device.type == "cpu" and module.training and self._is_alone(x, base) and not autocast(x)
         if not here or _is_repacked(_state(module)) or not x.dtype == module.compute_dtype == _decoded_type(module):
@@ -85,7 +86,7 @@ class Linear4bit(Quantized):
         return self.dequantized(module)
 
     def product_with(self, module: nn.Module, rows: Tensor, stored: Tensor) -> Tensor:
-        from torchgraft.dequantized import product
+        from torchgraft.kinds.autograd import product
 
         bias: Tensor | None = module.bias  # type: ignore[assignment]
         return product(rows, stored, bias if bias is None else bias.to(rows.dtype), self._dequantize(module))
@@ -97,8 +98,8 @@ class Linear4bit(Quantized):
         return {"type": state.quant_type, "block_size": state.blocksize, "double": nested, "compute_dtype": compute}
 
     def examples(self) -> list[tuple[nn.Module, Tensor]]:
-        from torchgraft.quantization import Quantization
-        from torchgraft.quantizing import quantized_linear
+        from torchgraft.kinds.quantization import Quantization
+        from torchgraft.kinds.quantizing import quantized_linear
 
         settings = (Quantization(), Quantization("fp4", double=False, compute_dtype="float32"))
         return [(quantized_linear(layer, how), x) for (layer, x), how in zip(_examples(), settings, strict=True)]
@@ -196,3 +197,19 @@ def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     codes, plain = bnb._convert_weight_packed_for_cpu_inverse(packed, plain)
     plain.absmax = state.absmax.t().reshape(-1).float()
     return codes, plain
+
+
+def round_trip(weight: Tensor, how: Mapping[str, Any]) -> Tensor:
+    """`weight` (out, in) as a layer computes with it after it was quantised as `how` records: a new tensor.
+
+    Args:
+        how: type, block_size, double and compute_dtype, and `from`, the dtype that was quantised.
+    """
+    from torchgraft.kinds.quantization import Quantization
+    from torchgraft.kinds.quantizing import blank_linear, set_weight
+
+    settings, dtype = Quantization.recorded(how)
+    out_features, in_features = weight.shape
+    layer = blank_linear(in_features, out_features, False, settings)
+    set_weight(layer, weight.to(dtypes.torch_dtype(dtype)), settings)
+    return Linear4bit().dequantized(layer)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from torchgraft import dtypes
+from torchgraft.checkpoint.header import Header, TensorEntry, read_header
+from torchgraft.checkpoint.hub import locate
 from torchgraft.disk import leaves_directory, read_json
 from torchgraft.errors import FileFormatError
-from torchgraft.safetensors_header import Header, TensorEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def read_tensor(file: BinaryIO, entry: TensorEntry) -> Tensor:
     data = bytearray(entry.end - entry.begin)
     file.seek(entry.begin)
     if file.readinto(data) != len(data):  # type: ignore[attr-defined]  # every file opened with "rb" has it
-        raise FileFormatError(f"{file.name}: it became shorter while it was read, at tensor {entry.name!r}")
+        raise became_shorter(f"{file.name}: tensor {entry.name!r}")
     return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
 
 
@@ -75,38 +74,6 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if root.suffix != ".safetensors":
         raise FileFormatError(f"{root}: not a .safetensors file; give a checkpoint directory or a .safetensors file")
     return Checkpoint(root, (read_header(root),), read_json(root.parent / "config.json", missing_ok=True))
-
-
-def locate(source: str | Path) -> Path:
-    """The path that `source` names; a hub id is looked up in the local cache, then downloaded."""
-    path = Path(source)
-    if path.exists():
-        return path
-    if not (isinstance(source, str) and HUB_ID.fullmatch(source)) or path.parent.exists():
-        raise FileFormatError(f"{source}: no such file or directory")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    except ImportError:
-        raise FileFormatError(f"{source}: no such file or directory; to use a hub id, install torchgraft[hf]") from None
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns, local_files_only=True))
-    except HFValidationError:
-        raise FileFormatError(f"{source}: no such file or directory") from None
-    except LocalEntryNotFoundError:
-        return _download(source, patterns)
-
-
-def _download(source: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileFormatError(f"{source}: no such file or directory, and no such hub id could be fetched ({reason})") from error
 
 
 def _headers_of_directory(root: Path) -> tuple[Header, ...]:
@@ -165,3 +132,7 @@ def _check_index(index: Path, weight_map: dict[str, str], headers: list[Header])
             raise FileFormatError(f"{index}: tensor {name!r} should be in {shard!r}, and is not")
     for name in found.keys() - weight_map.keys():
         raise FileFormatError(f"{index}: tensor {name!r} is in {found[name]!r}, and the index does not list it")
+
+
+def became_shorter(where: str | Path) -> FileFormatError:
+    return FileFormatError(f"{where}: the file became shorter while it was read")

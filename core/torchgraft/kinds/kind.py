@@ -12,12 +12,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from torchgraft import dtypes
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
+
 Shape = tuple[int, ...]
+
+CHILD = "adapters"
+"""The child under which a module keeps its adapters."""
+CARRIER = "_torchgraft_carrier"
+"""The attribute that marks a class whose modules carry adapters."""
 
 
 class Kind(ABC):
@@ -68,7 +77,6 @@ class Kind(ABC):
 
         By way of an identity for B; a kind that knows a shorter way says so.
         """
-        import torch
 
         return self.project_out(
             module, self.project_in(module, x, matrix), torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
@@ -148,7 +156,6 @@ def dropped(x: Tensor, p: float, module: nn.Module) -> Tensor:
 
 def with_gain(h: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     """gain·(h - bias) + bias, in a form that is `h` to the last bit where `gain` is 1."""
-    import torch
 
     if gain is None:
         return h
@@ -157,9 +164,12 @@ def with_gain(h: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def traced() -> bool:
     """Whether a compiler looks on, or one of torch.func's transforms: what is computed then is not to be written to, nor kept."""
-    import torch
 
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or bool(torch._C._are_functorch_transforms_active())
+
+
+def carries_adapters(module: nn.Module) -> bool:
+    return hasattr(type(module), CARRIER)
 
 
 def kind_of(module: nn.Module, kinds: tuple[Kind, ...]) -> tuple[Kind | None, str]:
@@ -181,7 +191,7 @@ def _own_ways(module: nn.Module, kind: Kind, base: type[nn.Module]) -> str:
         return f"has a weight of type {dtypes.name_of(weight.dtype)}, which is quantized"
     if "forward" in module.__dict__:
         return "has a forward that was replaced on the instance (by accelerate's hooks?), which would pass over the adapter"
-    plain = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__ and not cls.__dict__.get("_torchgraft", False))
+    plain = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__ and CARRIER not in cls.__dict__)
     if plain is not base and plain.__dict__["forward"] is not base.forward:
         return f"is a {type(module).__name__}, whose forward is its own and not {base.__name__}'s"
     return ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from torchgraft.checkpoint import Checkpoint
+from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.disk import read_json
 from torchgraft.errors import FileFormatError, MergeError
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchgraft.kinds import Kind
+from torchgraft.kinds.kind import Kind
 
 ENTRIES = {"cpu": 1 << 18, "other": 1 << 26}
 """Of a weight that are worked on at a time: on a CPU, few enough for its cache, and enough that calls do not count."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torchgraft.checkpoint import INDEX, WEIGHTS, Checkpoint
+from torchgraft.checkpoint.header import Header, TensorEntry, dump_header
+from torchgraft.checkpoint.reading import INDEX, WEIGHTS, Checkpoint
 from torchgraft.disk import read_json
 from torchgraft.dtypes import ADAPTABLE, SIZES
-from torchgraft.safetensors_header import Header, TensorEntry, dump_header
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from torchgraft.hashes import as_bytes, sha256_of_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchgraft.checkpoint import Checkpoint
-    from torchgraft.site import Site
+    from torchgraft.checkpoint.reading import Checkpoint
 
 RUNS = 16
 LENGTH = 16
@@ -39,22 +38,6 @@ def of_tensor(stored: Tensor) -> str:
     flat = stored.detach().reshape(-1)
     sample = torch.cat([flat[first:end] for first, end in runs(flat.numel())])
     return _digest(bytes(as_bytes(sample)), dtypes.name_of(stored.dtype))
-
-
-def frozen_fingerprint(site: Site) -> str:
-    """Of the weight as it was before any adapter was merged into it."""
-    from torchgraft.graft import parts_of
-
-    parts = parts_of(site.module) if site.module is not None else []
-    first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)
-    return first.fingerprint if first is not None else of_site(site)
-
-
-def of_site(site: Site) -> str:
-    """The fingerprint of a site's weight; of a quantised one, that of the weight it was quantised from, if that is known."""
-    if site.module is not None and site.kind.quantized:
-        return str(site.module.__dict__.get(SOURCE, ""))
-    return of_tensor(site.stored_weight())
 
 
 def of_file(checkpoint: Checkpoint, name: str) -> str:

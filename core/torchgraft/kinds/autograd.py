@@ -1,11 +1,13 @@
-"""A low-rank change in 32 bits on a layer that computes in 16, as a mixed training has it."""
+"""Products with a backward of their own, which keep less for it than autograd would."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class WideLowRank(torch.autograd.Function):
@@ -55,3 +57,26 @@ def is_wider(a: Tensor, h: Tensor) -> bool:
 def autocast(x: Tensor) -> bool:
     """Whether products on the device of `x` are narrowed by autocast."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+class Product(torch.autograd.Function):
+    """x·Wᵀ + bias with the weight at hand. It is not kept for backward, but made again there: the same weight.
+
+    bitsandbytes rounds it in backward to the type that it was quantised from.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stored: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
+        ctx.again = again
+        return F.linear(x, stored, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        grad_x = grad @ ctx.again() if ctx.needs_input_grad[0] else None
+        return grad_x, None, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def product(x: Tensor, stored: Tensor, bias: Tensor | None, again: Callable[[], Tensor]) -> Tensor:
+    y: Tensor = Product.apply(x, stored, bias, again)  # type: ignore[no-untyped-call]
+    return y

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from torchgraft import dtypes, fingerprint
-from torchgraft.bnb_kinds import Linear4bit
+from torchgraft import dtypes
+from torchgraft.checkpoint import fingerprint
 from torchgraft.errors import AttachError
-from torchgraft.quantization import Quantization
+from torchgraft.kinds.quantization import Quantization
 
 
 def quantized_linear(linear: nn.Module, how: Quantization, name: str = "") -> nn.Linear:
@@ -63,14 +63,15 @@ def set_weight(layer: Any, weight: Tensor, how: Quantization) -> None:
     layer.__dict__[fingerprint.SOURCE] = fingerprint.of_tensor(weight)
 
 
-def round_trip(weight: Tensor, how: Mapping[str, Any]) -> Tensor:
-    """`weight` (out, in) as a layer computes with it after it was quantised as `how` records: a new tensor.
+class Dequantized(nn.Linear):
+    """A linear layer that takes inputs of any floating type and answers in that type, as the quantised layers do."""
 
-    Args:
-        how: type, block_size, double and compute_dtype, and `from`, the dtype that was quantised.
-    """
-    settings, dtype = Quantization.recorded(how)
-    out_features, in_features = weight.shape
-    layer = blank_linear(in_features, out_features, False, settings)
-    set_weight(layer, weight.to(dtypes.torch_dtype(dtype)), settings)
-    return Linear4bit().dequantized(layer)
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias  # type: ignore[assignment]  # as in nn.Linear itself
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)

@@ -1,0 +1,1 @@
+"""How each type of layer is read, written, applied and quantized."""
