@@ -20,7 +20,7 @@ import click
 from click.testing import CliRunner
 
 import torchgraft as tg
-from torchgraft import hookspecs
+from torchgraft.plugin import hookspecs
 from torchgraft_cli.main import adapt
 
 HERE = Path(__file__).parent
@@ -68,7 +68,7 @@ def hooks_page() -> str:
     hooks = {name: value for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")}
     group_of = {name: next(group for group, (_, fits) in HOOK_GROUPS.items() if fits(name)) for name in hooks}
     lines = [
-        WRITTEN.format("core/torchgraft/hookspecs.py"),
+        WRITTEN.format("core/torchgraft/plugin/hookspecs.py"),
         "# Hooks\n",
         f"{text_of(hookspecs)}\n",
         "[How to write a method](plugins.md).\n",

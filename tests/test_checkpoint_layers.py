@@ -181,7 +181,8 @@ def test_shards_have_the_layers_of_the_whole_file(saved, family, tmp_path):
 
 def test_the_headers_are_read_without_torch(saved):
     code = (
-        "import sys; from torchgraft.checkpoint.reading import open_checkpoint; from torchgraft.checkpoint_layers import layers_of_checkpoint; "
+        "import sys; from torchgraft.checkpoint.reading import open_checkpoint; "
+        "from torchgraft.checkpoint_layers import layers_of_checkpoint; "
         "print(len(layers_of_checkpoint(open_checkpoint(sys.argv[1]))), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, saved("t5")], capture_output=True, text=True, check=True)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from conftest import Result
-from torchgraft.config import LowRankConfig
+from torchgraft.method.config import LowRankConfig
 
 Adapt = Callable[..., Result]
 SCRIPT = Path(sys.executable).parent / "adapt"

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import torchgraft as tg
 from models import build, perturb_
-from torchgraft.manager import registry
+from torchgraft.plugin.registry import registry
 from torchgraft.testing.cases import Case, Subject
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {

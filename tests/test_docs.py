@@ -14,7 +14,7 @@ import pytest
 
 import torchgraft as tg
 from docs_blocks import blocks_of, matches, run_page
-from torchgraft import hookspecs
+from torchgraft.plugin import hookspecs
 from torchgraft_cli.main import adapt
 
 ROOT = Path(__file__).parent.parent

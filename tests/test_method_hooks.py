@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
-from torchgraft.resizing import Resize
+from torchgraft.method.resize import Resize
 
 NAME = "stranger"
 

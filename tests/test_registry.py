@@ -165,7 +165,7 @@ def test_a_plugin_for_another_version_is_left_out_and_says_which(requires: str, 
 
 KIND = """
 import torchgraft as tg
-from torchgraft.torch_kinds import Linear
+from torchgraft.kinds.dense import Linear
 
 class Own(Linear):
     name = "NAME"

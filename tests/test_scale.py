@@ -24,7 +24,7 @@ import torchgraft as tg
 from conftest import Result
 from models import Plain, perturb_
 from torchgraft.adapter import Count
-from torchgraft.manager import registry
+from torchgraft.plugin.registry import registry
 
 Adapt = Callable[..., Result]
 VOCABULARY = 128256

@@ -16,10 +16,10 @@ from torchgraft.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchgraft.checkpoint.reading import Checkpoint
-    from torchgraft.config import Config
     from torchgraft.layers import Layer
-    from torchgraft.method_hooks import MethodHooks
+    from torchgraft.method.config import Config
     from torchgraft.planning import Plan
+    from torchgraft.plugin.method_hooks import MethodHooks
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,9 +92,9 @@ def choose(
 ) -> Chosen:
     """What the selection options say, on the checkpoint `source`."""
     from torchgraft.checkpoint.reading import open_checkpoint
-    from torchgraft.config import parse_config
-    from torchgraft.manager import registry
+    from torchgraft.method.config import parse_config
     from torchgraft.planning import configure, plan
+    from torchgraft.plugin.registry import registry
 
     shortcuts = [f"{key}={value}" for key, value in (("rank", rank), ("alpha", alpha)) if value is not None]
     method = registry().method(plugin)
@@ -138,7 +138,7 @@ def parse_kinds(kinds: tuple[str, ...]) -> dict[str, str]:
     """
     if not kinds:
         return {}
-    from torchgraft.manager import registry
+    from torchgraft.plugin.registry import registry
 
     found = {}
     for text in kinds:

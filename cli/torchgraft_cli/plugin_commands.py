@@ -15,7 +15,7 @@ import click
 from torchgraft.errors import PluginError, TorchgraftError, TorchgraftWarning
 
 if TYPE_CHECKING:
-    from torchgraft.plugin_info import PluginInfo
+    from torchgraft.plugin.info import PluginInfo
 
 
 def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
@@ -26,7 +26,7 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
     """
     if not _any_stranger():
         return {}
-    from torchgraft.manager import registry
+    from torchgraft.plugin.registry import registry
 
     owners: dict[str, str] = dict.fromkeys(taken, "adapt itself")
     found: dict[str, click.Command] = {}
@@ -51,13 +51,13 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
 
 def _any_stranger() -> bool:
     """Whether a plugin beside the bundled ones can be there. The registry takes a tenth of a second to load, and `adapt --help` is none."""
-    if "torchgraft.manager" in sys.modules:
+    if "torchgraft.plugin.registry" in sys.modules:
         return True
     return any(point.dist is None or point.dist.name != "torchgraft" for point in entry_points(group="torchgraft"))
 
 
 def _left_out(info: PluginInfo, reason: str) -> None:
-    from torchgraft.plugin_info import is_strict
+    from torchgraft.plugin.info import is_strict
 
     text = f"the plugin {info}: {reason}; {info.way_out}"
     if is_strict():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchgraft.manager import registry
-from torchgraft.method_hooks import MethodHooks
-from torchgraft.plugin_info import PluginInfo
+from torchgraft.plugin.info import PluginInfo
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
 from torchgraft_cli.main import plain
 
 PROVIDED = {"adapter_method": "a method", "layer_kind": "a kind of layer", "register_commands": "commands of adapt"}

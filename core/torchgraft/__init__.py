@@ -14,10 +14,9 @@ if TYPE_CHECKING:
     from torchgraft import testing as testing
     from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
     from torchgraft.adapter_load import load as load
-    from torchgraft.attaching import apply as apply, seed_of as seed_of
+    from torchgraft.attaching import apply as apply
     from torchgraft.checkpoint_merge import MergeReport as MergeReport, merge_checkpoint as merge_checkpoint
     from torchgraft.checkpoint_unmerge import unmerge_checkpoint as unmerge_checkpoint
-    from torchgraft.config import Config as Config, LowRankConfig as LowRankConfig
     from torchgraft.errors import (
         AttachError as AttachError,
         ConfigError as ConfigError,
@@ -32,50 +31,49 @@ if TYPE_CHECKING:
     )
     from torchgraft.exporting import ExportReport as ExportReport, export_adapter as export_adapter
     from torchgraft.graft import SitePart as SitePart
-    from torchgraft.hookspecs import hookimpl as hookimpl
     from torchgraft.kinds.kind import Kind as Kind
     from torchgraft.kinds.quantization import Quantization as Quantization
     from torchgraft.kinds.quantizing import quantized_linear as quantized_linear
-    from torchgraft.lowrank import (
-        LowRankPeft as LowRankPeft,
-        factor_shapes as factor_shapes,
-        factors as factors,
-        init_factors as init_factors,
-        scaled_param_groups as scaled_param_groups,
-    )
-    from torchgraft.manager import Registry as Registry, registry as registry
-    from torchgraft.method import Method as Method, PeftFormat as PeftFormat
+    from torchgraft.method.config import Config as Config, LowRankConfig as LowRankConfig
+    from torchgraft.method.lowrank import factor_shapes as factor_shapes, factors as factors, init_factors as init_factors
+    from torchgraft.method.method import Method as Method, PeftFormat as PeftFormat
+    from torchgraft.method.resize import Resize as Resize
+    from torchgraft.method.site import Site as Site, seed_of as seed_of
+    from torchgraft.param_groups import scaled_param_groups as scaled_param_groups
+    from torchgraft.peft_lora import LowRankPeft as LowRankPeft
     from torchgraft.per_sample import per_sample as per_sample
     from torchgraft.planning import Plan as Plan, plan as plan
+    from torchgraft.plugin.hookspecs import hookimpl as hookimpl
+    from torchgraft.plugin.registry import Registry as Registry, registry as registry
     from torchgraft.quantized_loading import load_quantized as load_quantized
-    from torchgraft.resizing import Resize as Resize
-    from torchgraft.site import Site as Site
 
 _HOMES = {
     "adapter": "Adapter Count activate adapters",
     "adapter_load": "load",
-    "attaching": "apply seed_of",
+    "attaching": "apply",
     "checkpoint_merge": "MergeReport merge_checkpoint",
     "checkpoint_unmerge": "unmerge_checkpoint",
-    "config": "Config LowRankConfig",
     "errors": (
         "AttachError ConfigError ConformanceError FileFormatError MergeError PairingError PluginError SelectionError TorchgraftError "
         "TorchgraftWarning"
     ),
     "exporting": "ExportReport export_adapter",
     "graft": "SitePart",
-    "hookspecs": "hookimpl",
     "kinds.kind": "Kind",
     "kinds.quantization": "Quantization",
     "kinds.quantizing": "quantized_linear",
-    "lowrank": "LowRankPeft factor_shapes factors init_factors scaled_param_groups",
-    "manager": "Registry registry",
-    "method": "Method PeftFormat",
+    "method.config": "Config LowRankConfig",
+    "method.lowrank": "factor_shapes factors init_factors",
+    "method.method": "Method PeftFormat",
+    "method.resize": "Resize",
+    "method.site": "Site seed_of",
+    "param_groups": "scaled_param_groups",
+    "peft_lora": "LowRankPeft",
     "per_sample": "per_sample",
     "planning": "Plan plan",
+    "plugin.hookspecs": "hookimpl",
+    "plugin.registry": "Registry registry",
     "quantized_loading": "load_quantized",
-    "resizing": "Resize",
-    "site": "Site",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

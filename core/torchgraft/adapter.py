@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchgraft import graft, module_merge
-from torchgraft.config import Config
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
 from torchgraft.graft import Part, SitePart, TrainedCopy
 from torchgraft.kinds import quantized
 from torchgraft.layers import Layer
-from torchgraft.manager import registry
-from torchgraft.method_hooks import MethodHooks
+from torchgraft.method.config import Config
+from torchgraft.method.resize import Resize
+from torchgraft.method.site import Site
 from torchgraft.module_layers import layers_of_module, sharing_bias
 from torchgraft.optimizers import check_groups, make_optimizer
 from torchgraft.planning import Plan
-from torchgraft.resizing import Resize, check_change, check_resizable, resize_
-from torchgraft.site import Site
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
+from torchgraft.resizing import check_change, check_resizable, resize_
 
 STATE = "_torchgraft"
 """The model's attribute that holds its adapters: a plain member, so that it is copied and pickled with the model."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from torchgraft import peft_names
 from torchgraft.adapter_files import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS, meaning
-from torchgraft.config import Config
 from torchgraft.disk import json_bytes, replace_file
 from torchgraft.errors import FileFormatError
 from torchgraft.graft import SitePart
 from torchgraft.hashes import sha256_of_bytes
-from torchgraft.manager import registry
-from torchgraft.method import Method
+from torchgraft.method.config import Config
+from torchgraft.method.method import Method
+from torchgraft.method.site import Site, fingerprint_of
 from torchgraft.module_merge import frozen_fingerprint
-from torchgraft.site import Site, fingerprint_of
+from torchgraft.plugin.registry import registry
 from torchgraft.version import __version__
 
 if TYPE_CHECKING:

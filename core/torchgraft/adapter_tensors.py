@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torchgraft.bases import PairedSite, Pairing
 from torchgraft.errors import PairingError
-from torchgraft.manager import registry
+from torchgraft.plugin.registry import registry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class AdapterTensors:
     """
 
     def __init__(self, pairing: Pairing) -> None:
-        from torchgraft.shared import make_shared
+        from torchgraft.plugin.shared_tensors import make_shared
 
         self.by_name = read_tensors(pairing)
         self._pairing = pairing

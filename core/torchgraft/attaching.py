@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -13,16 +12,16 @@ from torch import Tensor, nn
 
 from torchgraft import fused, graft
 from torchgraft.adapter import Adapter, adapters, attached_to
-from torchgraft.config import Config, parse_config
 from torchgraft.errors import AttachError, PluginError
 from torchgraft.graft import Form, SitePart, TrainedCopy
 from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import kind_of
 from torchgraft.layers import Layer, is_inside
-from torchgraft.manager import registry
+from torchgraft.method.config import Config, parse_config
+from torchgraft.method.site import Site, seed_of
 from torchgraft.planning import configure, plan, site_of
-from torchgraft.shared import make_shared
-from torchgraft.site import Site
+from torchgraft.plugin.registry import registry
+from torchgraft.plugin.shared_tensors import make_shared
 
 Make = Callable[[Site], Mapping[str, Tensor]]
 """Makes one site's tensors."""
@@ -137,11 +136,6 @@ def _check_clashes(adapter: Adapter) -> None:
                     raise AttachError(
                         f"{name}: one of {other.name!r} and {adapter.name!r} trains it whole and the other adapts it; do one of the two"
                     )
-
-
-def seed_of(seed: int, site: str) -> int:
-    """One seed per site, so that a site starts the same whatever else is selected."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "little") >> 1
 
 
 def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tuple[SitePart, Form | None]:

@@ -11,16 +11,16 @@ from torchgraft.adapter_files import AdapterFiles
 from torchgraft.checkpoint import fingerprint
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint
-from torchgraft.config import Config
 from torchgraft.errors import PairingError
 from torchgraft.kinds.kind import Shape
 from torchgraft.layers import Layer, by_name
-from torchgraft.manager import registry
-from torchgraft.method import Method
+from torchgraft.method.config import Config
+from torchgraft.method.method import Method
+from torchgraft.method.site import Site, fingerprint_of
 from torchgraft.naming import Naming, described, owner_of
 from torchgraft.planning import site_of
-from torchgraft.plugin_info import DISTRIBUTION
-from torchgraft.site import Site, fingerprint_of
+from torchgraft.plugin.info import DISTRIBUTION
+from torchgraft.plugin.registry import registry
 
 if TYPE_CHECKING:
     from torch import nn

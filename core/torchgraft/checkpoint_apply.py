@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from torchgraft.adapter_save import Contents, SavedSite, also_saved, write
-from torchgraft.attaching import seed_of
 from torchgraft.checkpoint import fingerprint
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.checkpoint_layers import module_names
-from torchgraft.config import Config
 from torchgraft.disk import new_directory
 from torchgraft.layers import Layer
-from torchgraft.method_hooks import MethodHooks
+from torchgraft.method.config import Config
+from torchgraft.method.site import seed_of
 from torchgraft.planning import Plan, site_of
+from torchgraft.plugin.method_hooks import MethodHooks
 
 
 def apply_to_checkpoint(

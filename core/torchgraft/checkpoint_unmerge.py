@@ -24,10 +24,10 @@ from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
 from torchgraft.file_blocks import FileTensor, blocks_of, copy_bytes
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.kinds.kind import Kind
-from torchgraft.manager import registry
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
-from torchgraft.method_hooks import MethodHooks
 from torchgraft.pairing import pair_as
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
 from torchgraft.rewriting import Workers, opened, start_files
 from torchgraft.tensor_merge import TensorMerge
 from torchgraft.undo_record import UndoReader

@@ -18,16 +18,16 @@ from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import module_names
-from torchgraft.config import LowRankConfig
 from torchgraft.disk import new_directory, refuse_existing
 from torchgraft.errors import ConfigError, FileFormatError, MergeError
 from torchgraft.layers import Layer, is_inside
-from torchgraft.lowrank import LowRankPeft
-from torchgraft.manager import registry
-from torchgraft.method import Method
-from torchgraft.method_hooks import MethodHooks
+from torchgraft.method.config import LowRankConfig
+from torchgraft.method.method import Method
+from torchgraft.method.site import Site, to_canonical
 from torchgraft.pairing import pair
-from torchgraft.site import Site, to_canonical
+from torchgraft.peft_lora import LowRankPeft
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
 from torchgraft.weights import Applied, changes_bias, check_no_bias, exactly, widened
 
 PLAIN = Method("LORA", LowRankConfig, "", "", peft=LowRankPeft())

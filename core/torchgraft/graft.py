@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from torchgraft.config import Config
 from torchgraft.errors import AttachError, PluginError
 from torchgraft.exact import Undo
 from torchgraft.kinds.kind import CARRIER, CHILD
-from torchgraft.manager import registry
-from torchgraft.shared import SharedTensors
-from torchgraft.site import Site
+from torchgraft.method.config import Config
+from torchgraft.method.site import Site
+from torchgraft.plugin.registry import registry
+from torchgraft.plugin.shared_tensors import SharedTensors
 from torchgraft.weights import exactly, widened
 
 if TYPE_CHECKING:

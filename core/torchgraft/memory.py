@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torchgraft.config import Config
 from torchgraft.dtypes import SIZES
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
 from torchgraft.layers import Layer, is_inside
-from torchgraft.manager import registry
-from torchgraft.method_hooks import MethodHooks
+from torchgraft.method.config import Config
 from torchgraft.planning import Plan, site_of
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
 
 MOMENTS = 2
 """What Adam keeps for each trained number, in its own type."""

@@ -21,11 +21,11 @@ from torchgraft.hashes import sha256_of_file
 from torchgraft.kinds.kind import Kind
 from torchgraft.kinds.quantization import Quantization
 from torchgraft.layers import HEAD
-from torchgraft.manager import registry
 from torchgraft.merge_record import refuse_merged
-from torchgraft.method_hooks import MethodHooks
 from torchgraft.other_weights import warn_of_other_weights
 from torchgraft.pairing import pair
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
 
 Onto = Literal["quantized", "original"]
 SPARSE = 16

@@ -15,15 +15,15 @@ from torchgraft.exact import BITS, Undo, make_correction, restore
 from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
 from torchgraft.hashes import sha256_of_tensor
 from torchgraft.kinds.quantizing import Dequantized
+from torchgraft.method.site import fingerprint_of
 from torchgraft.module_layers import own_state
-from torchgraft.site import fingerprint_of
 from torchgraft.tensor_merge import merge_tensor, unmerge_tensor
 from torchgraft.weights import Applied, changes_bias, check_no_bias, replacement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchgraft.site import Site
+    from torchgraft.method.site import Site
 
 
 Parts = Mapping[str, tuple[nn.Module, Part]]

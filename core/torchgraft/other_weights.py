@@ -8,7 +8,7 @@ from typing import Any
 
 from torchgraft.bases import Pairing
 from torchgraft.errors import TorchgraftWarning
-from torchgraft.site import Site
+from torchgraft.method.site import Site
 
 
 def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site], *, requantized: bool = False, over_others: bool = False) -> None:

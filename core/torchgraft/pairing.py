@@ -11,16 +11,16 @@ from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
 from torchgraft.checkpoint import fingerprint
-from torchgraft.config import parse_config
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import PairingError, PluginError, near
 from torchgraft.kinds.kind import Shape
 from torchgraft.layers import Layer, is_inside, outer_names
-from torchgraft.manager import registry
-from torchgraft.method import Method
+from torchgraft.method.config import parse_config
+from torchgraft.method.method import Method
 from torchgraft.naming import Naming, own_names
 from torchgraft.peft_pairing import pair_peft
 from torchgraft.planning import site_of
+from torchgraft.plugin.registry import registry
 
 SHOWN = 3
 OTHER_BASE = "the base's weight is not the one that the adapter was made for: another model, or one that was merged into"

@@ -9,12 +9,12 @@ from dataclasses import replace
 from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
-from torchgraft.config import Config, explained
 from torchgraft.errors import PairingError
 from torchgraft.layers import Layer, is_inside
-from torchgraft.manager import registry
-from torchgraft.method import Method
+from torchgraft.method.config import Config, explained
+from torchgraft.method.method import Method
 from torchgraft.planning import site_of
+from torchgraft.plugin.registry import registry
 
 
 def pair_peft(files: AdapterFiles, base: Base) -> Pairing:

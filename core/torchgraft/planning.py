@@ -14,16 +14,16 @@ from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
 from torchgraft.checkpoint_layers import layers_of_checkpoint, module_names
 from torchgraft.errors import AttachError, ConfigError, SelectionError, TorchgraftWarning, near
 from torchgraft.layers import Layer, is_inside
-from torchgraft.manager import registry
-from torchgraft.method_hooks import MethodHooks
+from torchgraft.method.site import Site
 from torchgraft.naming import parent_of
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
 from torchgraft.selection import name_matcher, select
-from torchgraft.site import Site
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from torchgraft.config import Config
+    from torchgraft.method.config import Config
 
 DEFAULT_TARGETS = ("@linear",)
 

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchgraft.config import Config
 from torchgraft.errors import AttachError
+from torchgraft.method.resize import Carry, Resize
 
 if TYPE_CHECKING:
     from torchgraft.graft import SitePart
 
-Carry = Callable[[Tensor, int], Tensor]
-"""(moment, power) → the moment of the resized parameter. power is 1 for means of gradients, 2 for means of their squares."""
 
 POWERS = {
     **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), 1),
     **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), 2),
 }
 """torch's names of what optimizers keep for each entry of a parameter."""
-
-
-@dataclass(frozen=True)
-class Resize:
-    """What one site becomes."""
-
-    tensors: Mapping[str, Tensor]
-    """All of the site's trained tensors whose shape or basis changes."""
-    config: Config
-    carry: Mapping[str, Carry]
-    """For each of `tensors`, how its moments follow."""
 
 
 def check_change(name: str, part: SitePart, change: Resize) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchgraft.errors import MergeError
-from torchgraft.method_hooks import MethodHooks
+from torchgraft.plugin.method_hooks import MethodHooks
 
 
 @dataclass(frozen=True)

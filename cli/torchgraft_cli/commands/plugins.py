@@ -21,7 +21,7 @@ def plugins() -> None:
 @json_option
 def list_(as_json: bool) -> None:
     """List the plugins, where each comes from, and what is wrong with those that cannot be used."""
-    from torchgraft.manager import registry
+    from torchgraft.plugin.registry import registry
     from torchgraft_cli.plugin_facts import listed, said_of
 
     found = registry().plugins()
@@ -39,7 +39,7 @@ def list_(as_json: bool) -> None:
 @json_option
 def show(name: str, as_json: bool) -> None:
     """Show what the plugin NAME provides; of a method, its options with types, defaults and ranges, and what it can do."""
-    from torchgraft.manager import registry
+    from torchgraft.plugin.registry import registry
     from torchgraft_cli.plugin_facts import described, in_facts
 
     document = described(registry().info(name))
@@ -62,7 +62,7 @@ def show(name: str, as_json: bool) -> None:
 @json_option
 def new(name: str, output: Path | None, as_json: bool) -> None:
     """Write a package with a new method NAME: a working one to start from, with its tests."""
-    from torchgraft.scaffold import distribution_of, new_plugin
+    from torchgraft.plugin.scaffold import distribution_of, new_plugin
 
     target = output or Path(distribution_of(name))
     written = new_plugin(name, target)

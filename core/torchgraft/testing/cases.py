@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from torchgraft import attaching
 from torchgraft.adapter import Adapter
-from torchgraft.config import Config, parse_config
 from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning, near
 from torchgraft.graft import SitePart
 from torchgraft.kinds.kind import Kind, kind_of
-from torchgraft.manager import registry
-from torchgraft.method_hooks import MethodHooks
+from torchgraft.method.config import Config, parse_config
+from torchgraft.method.site import Site
 from torchgraft.planning import plan, site_of
-from torchgraft.site import Site
+from torchgraft.plugin.method_hooks import MethodHooks
+from torchgraft.plugin.registry import registry
 from torchgraft.testing.compare import SkippedError
 
 LAYER = "layer"

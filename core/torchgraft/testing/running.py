@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchgraft.config import parse_config
 from torchgraft.errors import ConfigError, ConformanceError, TorchgraftError, near
-from torchgraft.manager import registry
+from torchgraft.method.config import parse_config
+from torchgraft.plugin.registry import registry
 from torchgraft.testing.cases import Subject, isolated
 from torchgraft.testing.catalogue import CHECKS
 from torchgraft.testing.checks import Check

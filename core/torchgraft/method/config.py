@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torchgraft.errors import ConfigError, near
 
 if TYPE_CHECKING:
-    from torchgraft.site import Site
+    from torchgraft.method.site import Site
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 

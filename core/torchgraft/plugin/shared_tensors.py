@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchgraft.hashes import sha256_of_tensor
-from torchgraft.method_hooks import MethodHooks
-from torchgraft.site import Site
+from torchgraft.method.site import Site
+from torchgraft.plugin.method_hooks import MethodHooks
 
 
 class SharedTensors:

@@ -20,10 +20,10 @@ import pluggy
 from torchgraft.errors import PluginError, TorchgraftWarning, near
 from torchgraft.kinds import dense, quantized
 from torchgraft.kinds.kind import Kind
-from torchgraft.method import Method
-from torchgraft.method_hooks import MethodHooks
-from torchgraft.plugin_checks import check_hooks, let_observe, method_of, new_manager, own_hooks
-from torchgraft.plugin_info import DISTRIBUTION, PluginInfo, bundled_first, check_version, info_of, is_allowed, is_strict, taken
+from torchgraft.method.method import Method
+from torchgraft.plugin.checks import check_hooks, let_observe, method_of, new_manager, own_hooks
+from torchgraft.plugin.info import DISTRIBUTION, PluginInfo, bundled_first, check_version, info_of, is_allowed, is_strict, taken
+from torchgraft.plugin.method_hooks import MethodHooks
 
 GROUP = "torchgraft"
 BUILTIN_KINDS = (*quantized.KINDS, *dense.KINDS)  # the quantised linears first: they are subclasses of nn.Linear

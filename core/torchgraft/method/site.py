@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from torchgraft.checkpoint.fingerprint import SOURCE, of_tensor
 from torchgraft.errors import AttachError
@@ -143,7 +147,6 @@ class Site:
         past torch's own count. A change through `tensor.data` by hand goes unseen: of an adapter's until `train` or `eval` is called,
         and of the layer's own weight altogether.
         """
-        import torch
 
         if traced():  # a compiler would make one more graph for each state that it finds the memo in
             return compute()
@@ -246,7 +249,6 @@ def to_canonical(kind: Kind, stored: Tensor) -> Tensor:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    import torch
 
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
@@ -256,3 +258,8 @@ def fingerprint_of(site: Site) -> str:
     if site.module is not None and site.kind.quantized:
         return str(site.module.__dict__.get(SOURCE, ""))
     return of_tensor(site.stored_weight())
+
+
+def seed_of(seed: int, site: str) -> int:
+    """One seed per site, so that a site starts the same whatever else is selected."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{site}".encode()).digest()[:8], "little") >> 1

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from torchgraft.config import Config
 from torchgraft.errors import PluginError
 from torchgraft.kinds.kind import Shape
+from torchgraft.method.config import Config
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchgraft.site import Site
+    from torchgraft.method.site import Site
 
 
 Role = Literal["A", "B", "magnitude"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pluggy
 
-from torchgraft import hookspecs
 from torchgraft.errors import PluginError, near
-from torchgraft.method import Method
-from torchgraft.plugin_info import PluginInfo
+from torchgraft.method.method import Method
+from torchgraft.plugin import hookspecs
+from torchgraft.plugin.info import PluginInfo
 
 GIVES = ("adapter_method", "layer_kind", "register_commands")
 """The hooks by which a plugin gives something; by the others a method works."""
@@ -96,7 +96,3 @@ def method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
     if method.name != info.name:
         raise PluginError(f"its method is called {method.name!r} and its entry point {info.name!r}; they must be the same")
     return method
-
-
-def _call(impl: pluggy.HookImpl, **arguments: Any) -> Any:
-    return impl.function(*(arguments[name] for name in impl.argnames))

@@ -11,12 +11,14 @@ import pluggy
 
 from torchgraft.errors import PluginError
 from torchgraft.kinds.kind import Shape
-from torchgraft.method import Method
+from torchgraft.method.method import Method
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
+    from torch.optim import Optimizer
 
-    from torchgraft.site import Site
+    from torchgraft.method.site import Site
+    from torchgraft.plugin.hookspecs import AdapterView
 
 FORWARD_ARGUMENTS = ("site", "config", "params", "x", "base")
 
@@ -130,13 +132,14 @@ class MethodHooks:
         tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight, rows=rows)
         return tensors or {}
 
-    def param_groups(self, **arguments: Any) -> list[dict[str, Any]] | None:
-        groups: list[dict[str, Any]] | None = self._caller("adapter_param_groups")(**arguments)
+    def param_groups(self, adapter: AdapterView, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+        caller = self._caller("adapter_param_groups")
+        groups: list[dict[str, Any]] | None = caller(adapter=adapter, lr=lr, weight_decay=weight_decay)
         return groups
 
     def penalty(self, site: Site, config: Any, params: Mapping[str, Tensor]) -> Tensor | None:
         penalty: Tensor | None = self._caller("adapter_penalty")(site=site, config=config, params=params)
         return penalty
 
-    def step(self, **arguments: Any) -> None:
-        self._caller("adapter_step")(**arguments)
+    def step(self, adapter: AdapterView, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
+        self._caller("adapter_step")(adapter=adapter, optimizer=optimizer, step=step, metrics=metrics)

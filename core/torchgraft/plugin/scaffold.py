@@ -10,7 +10,7 @@ from string import Template
 
 from torchgraft.disk import new_directory, refuse_existing
 from torchgraft.errors import PluginError
-from torchgraft.manager import registry
+from torchgraft.plugin.registry import registry
 from torchgraft.version import __version__
 
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
@@ -56,7 +56,7 @@ def new_plugin(name: str, directory: str | Path) -> list[Path]:
     }
     with new_directory(target) as begun:
         for template, place in places.items():
-            text = (files("torchgraft") / "templates" / f"{template}.txt").read_text(encoding="utf-8")
+            text = (files("torchgraft.plugin") / "templates" / f"{template}.txt").read_text(encoding="utf-8")
             (begun / place).parent.mkdir(exist_ok=True)
             (begun / place).write_text(Template(text).substitute(values), encoding="utf-8")
     return [target / place for place in places.values()]

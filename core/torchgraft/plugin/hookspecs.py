@@ -7,26 +7,77 @@ sees every call on adapters that are attached or loaded after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
 from torchgraft.kinds.kind import Kind, Shape
-from torchgraft.method import Method
+from torchgraft.method.method import Method
 
 if TYPE_CHECKING:
     import click
     from torch import Generator, Tensor, nn
     from torch.optim import Optimizer
 
-    from torchgraft.adapter import Adapter
-    from torchgraft.site import Site
+    from torchgraft.method.resize import Resize
+    from torchgraft.method.site import Site
 
 PROJECT = "torchgraft"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class PartView(Protocol):
+    """What a hook that is given the whole adapter may use of its part on one site."""
+
+    @property
+    def site(self) -> Site: ...
+    @property
+    def config(self) -> Any:
+        """The method's own class of config, with the overrides for this site."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The site's own tensors, buffers included."""
+
+    def params(self) -> dict[str, Tensor]:
+        """The site's own tensors and those that `adapter_shared` made: what the other hooks are given."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The tensors that are trained."""
+
+
+class CopyView(Protocol):
+    """What such a hook may use of a module that is trained whole."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+
+class AdapterView(Protocol):
+    """What `adapter_param_groups` and `adapter_step` may use of the adapter that they are given."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> Any:
+        """The method's own class of config, without overrides."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Tensors, and values that JSON can hold, that the method keeps between its steps. Saved with the adapter."""
+
+    @property
+    def parts(self) -> Mapping[str, PartView]:
+        """By the site's name."""
+
+    @property
+    def copies(self) -> Mapping[str, CopyView]:
+        """By the name of the module that is trained whole."""
+
+    def resize(self, sites: Mapping[str, Resize], optimizer: Optimizer) -> None:
+        """Give sites tensors of other shapes; the optimizer's moments follow."""
 
 
 @hookspec(firstresult=True)
@@ -129,7 +180,7 @@ def adapter_prepare(site: Site, config: Any) -> nn.Module | None:
 
 
 @hookspec(firstresult=True)
-def adapter_param_groups(adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
+def adapter_param_groups(adapter: AdapterView, lr: float, weight_decay: float) -> list[dict[str, Any]] | None:
     """Parameter groups for a torch optimizer. Optional: without it there is one group with `lr` and `weight_decay`."""
 
 
@@ -139,7 +190,7 @@ def adapter_penalty(site: Site, config: Any, params: Mapping[str, Tensor]) -> Te
 
 
 @hookspec(firstresult=True)
-def adapter_step(adapter: Adapter, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
+def adapter_step(adapter: AdapterView, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
     """Called by `adapter.step(…)` after each optimizer step, while the gradients are still there. Optional.
 
     For methods that change ranks or schedules. `adapter.state` keeps what the method needs the next time, and is saved;

@@ -1,0 +1,1 @@
+"""The hooks that a plugin provides, and how plugins are found, checked and called."""
