@@ -15,7 +15,7 @@ import torchgraft as tg
 from models import perturb_
 from thirdparty import bitfit, registered
 from torchgraft import module_merge
-from torchgraft.module_layers import sharing_bias
+from torchgraft.layers.of_module import sharing_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {

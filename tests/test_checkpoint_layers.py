@@ -20,9 +20,9 @@ from torch import nn
 import models
 import torchgraft as tg
 from torchgraft.checkpoint.reading import open_checkpoint
-from torchgraft.checkpoint_layers import layers_of_checkpoint
-from torchgraft.layers import Layer, by_name
-from torchgraft.module_layers import layers_of_module
+from torchgraft.layers.layer import Layer, by_name
+from torchgraft.layers.of_checkpoint import layers_of_checkpoint
+from torchgraft.layers.of_module import layers_of_module
 
 TOKENS = models.SPECIAL
 SEQ2SEQ = {
@@ -182,7 +182,7 @@ def test_shards_have_the_layers_of_the_whole_file(saved, family, tmp_path):
 def test_the_headers_are_read_without_torch(saved):
     code = (
         "import sys; from torchgraft.checkpoint.reading import open_checkpoint; "
-        "from torchgraft.checkpoint_layers import layers_of_checkpoint; "
+        "from torchgraft.layers.of_checkpoint import layers_of_checkpoint; "
         "print(len(layers_of_checkpoint(open_checkpoint(sys.argv[1]))), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, saved("t5")], capture_output=True, text=True, check=True)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 import models
 import torchgraft as tg
-from torchgraft import file_blocks
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftError
+from torchgraft.rewriting import file_tensors
 
 ADAPTED = {
     "llama": {
@@ -383,8 +383,8 @@ def test_failure_leaves_nothing(tmp_path: Path, case: Merge, error: BaseExceptio
 
 
 def test_wrong_bytes_on_disk_are_noticed_by_the_verification(tmp_path: Path, case: Merge, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, right = tree(tmp_path), file_blocks.write_exactly
-    monkeypatch.setattr(file_blocks, "write_exactly", lambda target, data, offset: right(target, memoryview(bytes(data)[::-1]), offset))
+    before, right = tree(tmp_path), file_tensors.write_exactly
+    monkeypatch.setattr(file_tensors, "write_exactly", lambda target, data, offset: right(target, memoryview(bytes(data)[::-1]), offset))
     with pytest.raises(MergeError, match="not what it should be"):
         case()
     assert tree(tmp_path) == before

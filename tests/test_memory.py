@@ -11,7 +11,7 @@ import pytest
 
 import torchgraft as tg
 from conftest import Result
-from torchgraft.memory import adapter_memory, full_memory, memory_of_methods
+from torchgraft.layers.training_memory import adapter_memory, full_memory, memory_of_methods
 
 Adapt = Callable[..., Result]
 LAYERS, HIDDEN, INNER, VOCABULARY, RANK = 32, 4096, 11008, 32000, 16

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import torchgraft as tg
 from models import Plain, perturb_
 from test_lora import DTYPES, LAYERS, PLAIN_SITES, SCALE, TOKENS, adapted, as_stored, assert_near, input_of, plain, plain_model, reference
-from torchgraft.exact import BITS, correct, make_correction, restore
+from torchgraft.arithmetic.exact import BITS, correct, make_correction, restore
 from torchgraft.hashes import sha256_of_tensor
 
 

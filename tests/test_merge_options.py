@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
-from torchgraft import file_blocks
 from torchgraft.errors import ConfigError, FileFormatError, MergeError, TorchgraftError, TorchgraftWarning
 from torchgraft.kinds import blocks
-from torchgraft.rewriting import Workers
+from torchgraft.rewriting import file_tensors
+from torchgraft.rewriting.workers import Workers
 
 LAYERS = {"q_proj": (8, 8), "up_proj": (24, 8), "down_proj": (8, 24)}
 
@@ -281,7 +281,7 @@ def test_the_base_gives_the_originals_back_without_an_undo_record(tmp_path: Path
 def test_arithmetic_that_differs_from_the_merge_s_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
     tg.merge_checkpoint(base, adapter, tmp_path / "out")
-    from torchgraft.weights import LayerMerge
+    from torchgraft.arithmetic.layer_merge import LayerMerge
 
     right = LayerMerge.unmerge
     monkeypatch.setattr(LayerMerge, "unmerge", lambda self, merged, rows: right(self, merged, rows) * 1.01)
@@ -436,8 +436,8 @@ def test_entries_that_are_not_finite_in_the_base_stay_so(tmp_path: Path) -> None
 def test_unmerging_proves_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
     tg.merge_checkpoint(base, adapter, tmp_path / "out")
-    right = file_blocks.write_exactly
-    monkeypatch.setattr(file_blocks, "write_exactly", lambda target, data, offset: right(target, memoryview(bytes(data)[::-1]), offset))
+    right = file_tensors.write_exactly
+    monkeypatch.setattr(file_tensors, "write_exactly", lambda target, data, offset: right(target, memoryview(bytes(data)[::-1]), offset))
     with pytest.raises(MergeError, match="does not give the original bits"):
         tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
 

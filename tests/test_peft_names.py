@@ -22,7 +22,7 @@ import models
 import torchgraft as tg
 from torchgraft import peft_names
 from torchgraft.errors import PairingError
-from torchgraft.layers import Layer
+from torchgraft.layers.layer import Layer
 
 # What PEFT says on its own account: none of it is about the adapter's file.
 pytestmark = [

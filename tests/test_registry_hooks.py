@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
-from torchgraft.layers import Layer
-from torchgraft.planning import site_of
+from torchgraft.layers.layer import Layer
+from torchgraft.layers.plan import site_of
 
 SITE = site_of(Layer("layer", "Linear", (5, 3), "float32", 15, 60))
 PARAMS = {"v": torch.tensor([1.0, -2.0, 0.5, 3.0, 7.0])}

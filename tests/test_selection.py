@@ -16,8 +16,8 @@ from torch import nn
 
 import models
 import torchgraft as tg
-from torchgraft.layers import Layer
-from torchgraft.selection import MAX_BRACES, expand_braces, select
+from torchgraft.layers.layer import Layer
+from torchgraft.layers.selection import MAX_BRACES, expand_braces, select
 
 
 def _shared() -> nn.Module:

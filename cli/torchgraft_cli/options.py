@@ -16,9 +16,9 @@ from torchgraft.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchgraft.checkpoint.reading import Checkpoint
-    from torchgraft.layers import Layer
+    from torchgraft.layers.layer import Layer
+    from torchgraft.layers.plan import Plan
     from torchgraft.method.config import Config
-    from torchgraft.planning import Plan
     from torchgraft.plugin.method_hooks import MethodHooks
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,8 +92,8 @@ def choose(
 ) -> Chosen:
     """What the selection options say, on the checkpoint `source`."""
     from torchgraft.checkpoint.reading import open_checkpoint
+    from torchgraft.layers.plan import configure, plan
     from torchgraft.method.config import parse_config
-    from torchgraft.planning import configure, plan
     from torchgraft.plugin.registry import registry
 
     shortcuts = [f"{key}={value}" for key, value in (("rank", rank), ("alpha", alpha)) if value is not None]
@@ -198,7 +198,7 @@ def layer_document(layer: Layer) -> dict[str, Any]:
 
 def selection_document(chosen: Chosen) -> dict[str, Any]:
     """The JSON of a model with a selection on it."""
-    from torchgraft.planning import trainable_params
+    from torchgraft.layers.plan import trainable_params
 
     trainable, total = trainable_params(chosen.plan, chosen.hooks, chosen.configs), chosen.plan.total_params
     return {

@@ -21,7 +21,7 @@ from torchgraft_cli.tree import Row
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torchgraft.memory import Memory
+    from torchgraft.layers.training_memory import Memory
 
 PIPE_WIDTH = 160
 PLAIN, BOLD, DIM, CYAN, GREEN = map(Style.parse, ("none", "bold", "dim", "cyan", "bold green"))

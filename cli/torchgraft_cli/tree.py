@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torchgraft.layers import Layer
+from torchgraft.layers.layer import Layer
 
 
 class Row(NamedTuple):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torchgraft.kinds.kind import Kind as Kind
     from torchgraft.kinds.quantization import Quantization as Quantization
     from torchgraft.kinds.quantizing import quantized_linear as quantized_linear
+    from torchgraft.layers.plan import Plan as Plan, plan as plan
     from torchgraft.method.config import Config as Config, LowRankConfig as LowRankConfig
     from torchgraft.method.lowrank import factor_shapes as factor_shapes, factors as factors, init_factors as init_factors
     from torchgraft.method.method import Method as Method, PeftFormat as PeftFormat
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from torchgraft.param_groups import scaled_param_groups as scaled_param_groups
     from torchgraft.peft_lora import LowRankPeft as LowRankPeft
     from torchgraft.per_sample import per_sample as per_sample
-    from torchgraft.planning import Plan as Plan, plan as plan
     from torchgraft.plugin.hookspecs import hookimpl as hookimpl
     from torchgraft.plugin.registry import Registry as Registry, registry as registry
     from torchgraft.quantized_loading import load_quantized as load_quantized
@@ -62,6 +62,7 @@ _HOMES = {
     "kinds.kind": "Kind",
     "kinds.quantization": "Quantization",
     "kinds.quantizing": "quantized_linear",
+    "layers.plan": "Plan plan",
     "method.config": "Config LowRankConfig",
     "method.lowrank": "factor_shapes factors init_factors",
     "method.method": "Method PeftFormat",
@@ -70,7 +71,6 @@ _HOMES = {
     "param_groups": "scaled_param_groups",
     "peft_lora": "LowRankPeft",
     "per_sample": "per_sample",
-    "planning": "Plan plan",
     "plugin.hookspecs": "hookimpl",
     "plugin.registry": "Registry registry",
     "quantized_loading": "load_quantized",

@@ -17,13 +17,13 @@ from torchgraft import graft, module_merge
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
 from torchgraft.graft import Part, SitePart, TrainedCopy
 from torchgraft.kinds import quantized
-from torchgraft.layers import Layer
+from torchgraft.layers.layer import Layer
+from torchgraft.layers.of_module import layers_of_module, sharing_bias
+from torchgraft.layers.plan import Plan
 from torchgraft.method.config import Config
 from torchgraft.method.resize import Resize
 from torchgraft.method.site import Site
-from torchgraft.module_layers import layers_of_module, sharing_bias
 from torchgraft.optimizers import check_groups, make_optimizer
-from torchgraft.planning import Plan
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 from torchgraft.resizing import check_change, check_resizable, resize_

@@ -15,10 +15,10 @@ from torchgraft.attaching import attach
 from torchgraft.bases import Pairing, base_of_module
 from torchgraft.checkpoint import fingerprint
 from torchgraft.errors import TorchgraftWarning
+from torchgraft.layers.plan import Plan
 from torchgraft.method.site import Site
 from torchgraft.other_weights import warn_of_other_weights
 from torchgraft.pairing import pair
-from torchgraft.planning import Plan
 
 
 def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> Adapter:

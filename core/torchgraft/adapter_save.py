@@ -65,7 +65,7 @@ class Contents:
 
 def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
     """Write `adapter` into `directory`, which is made if need be; each file is replaced in one step."""
-    from torchgraft.module_layers import named_base_modules, own_state
+    from torchgraft.layers.of_module import named_base_modules, own_state
 
     modules = [name for name, _ in named_base_modules(adapter.model)]
     contents = Contents(
@@ -85,7 +85,7 @@ def save(adapter: Adapter, directory: str | PathLike[str]) -> None:
 
 
 def _quantized(adapter: Adapter) -> dict[str, dict[str, Any]]:
-    from torchgraft.module_layers import layers_of_module
+    from torchgraft.layers.of_module import layers_of_module
 
     found = {}
     for layer in layers_of_module(adapter.model, registry().kinds()):

@@ -27,7 +27,7 @@ def read_tensors(pairing: Pairing) -> dict[str, Tensor]:
 
 def not_finite(pairing: Pairing, read: Callable[[str], Tensor]) -> list[str]:
     """What is wrong with the values of the adapter's tensors, of which one at a time is looked at."""
-    from torchgraft.weights import all_finite
+    from torchgraft.arithmetic.precision import all_finite
 
     where = {name: (paired.site.name, suffix) for paired in pairing.sites for suffix, name in paired.tensors.items()}
     where |= {name: (own.rpartition(".")[0], own.rpartition(".")[2]) for own, name in pairing.trained.items()}

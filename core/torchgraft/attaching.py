@@ -16,10 +16,10 @@ from torchgraft.errors import AttachError, PluginError
 from torchgraft.graft import Form, SitePart, TrainedCopy
 from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import kind_of
-from torchgraft.layers import Layer, is_inside
+from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.layers.plan import configure, plan, site_of
 from torchgraft.method.config import Config, parse_config
 from torchgraft.method.site import Site, seed_of
-from torchgraft.planning import configure, plan, site_of
 from torchgraft.plugin.registry import registry
 from torchgraft.plugin.shared_tensors import make_shared
 

@@ -10,15 +10,15 @@ from torchgraft import peft_names, renames
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.checkpoint import fingerprint
 from torchgraft.checkpoint.reading import Checkpoint
-from torchgraft.checkpoint_layers import layers_of_checkpoint
 from torchgraft.errors import PairingError
 from torchgraft.kinds.kind import Shape
-from torchgraft.layers import Layer, by_name
+from torchgraft.layers.layer import Layer, by_name
+from torchgraft.layers.of_checkpoint import layers_of_checkpoint
+from torchgraft.layers.plan import site_of
 from torchgraft.method.config import Config
 from torchgraft.method.method import Method
 from torchgraft.method.site import Site, fingerprint_of
 from torchgraft.naming import Naming, described, owner_of
-from torchgraft.planning import site_of
 from torchgraft.plugin.info import DISTRIBUTION
 from torchgraft.plugin.registry import registry
 
@@ -139,7 +139,7 @@ def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None =
 
 
 def base_of_module(model: nn.Module) -> Base:
-    from torchgraft.module_layers import layers_of_module, own_shapes
+    from torchgraft.layers.of_module import layers_of_module, own_shapes
 
     layers = by_name(layers_of_module(model, registry().kinds()))
 

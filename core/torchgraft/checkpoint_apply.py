@@ -11,12 +11,12 @@ import torch
 from torchgraft.adapter_save import Contents, SavedSite, also_saved, write
 from torchgraft.checkpoint import fingerprint
 from torchgraft.checkpoint.reading import Checkpoint
-from torchgraft.checkpoint_layers import module_names
 from torchgraft.disk import new_directory
-from torchgraft.layers import Layer
+from torchgraft.layers.layer import Layer
+from torchgraft.layers.of_checkpoint import module_names
+from torchgraft.layers.plan import Plan, site_of
 from torchgraft.method.config import Config
 from torchgraft.method.site import seed_of
-from torchgraft.planning import Plan, site_of
 from torchgraft.plugin.method_hooks import MethodHooks
 
 

@@ -19,7 +19,6 @@ from torchgraft.adapter_files import NATIVE, PEFT_CONFIG
 from torchgraft.checkpoint.layout import relative_name
 from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.checkpoint.sidecars import RECORD, UNDO
-from torchgraft.digests import digesting
 from torchgraft.disk import (
     Progress,
     check_space,
@@ -35,6 +34,7 @@ from torchgraft.errors import TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.merge_plan import MergePlan, Onto, plan_merge
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
+from torchgraft.rewriting.digests import digesting
 from torchgraft.version import __version__
 
 if TYPE_CHECKING:

@@ -9,29 +9,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchgraft import exact
 from torchgraft.adapter_files import read_adapter
 from torchgraft.adapter_tensors import AdapterTensors
+from torchgraft.arithmetic import exact
+from torchgraft.arithmetic.layer_merge import Applied
+from torchgraft.arithmetic.tensor_merge import TensorMerge
 from torchgraft.bases import PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint.header import read_header
 from torchgraft.checkpoint.layout import Layout, OutputFile, Placed, plan_layout, same_file
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
 from torchgraft.checkpoint.sidecars import RECORD, UNDO
-from torchgraft.digests import digest_range
 from torchgraft.disk import Progress, check_space, copy_into, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
-from torchgraft.file_blocks import FileTensor, blocks_of, copy_bytes
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.kinds.kind import Kind
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
 from torchgraft.pairing import pair_as
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
-from torchgraft.rewriting import Workers, opened, start_files
-from torchgraft.tensor_merge import TensorMerge
+from torchgraft.rewriting.digests import digest_range
+from torchgraft.rewriting.file_tensors import FileTensor, blocks_of, copy_bytes
+from torchgraft.rewriting.workers import Workers, opened, start_files
 from torchgraft.undo_record import UndoReader
-from torchgraft.weights import Applied
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torchgraft.checkpoint.fingerprint import runs
 from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.errors import MergeError
-from torchgraft.file_blocks import FileTensor, lies_by_rows, read_exactly
 from torchgraft.kinds.kind import Kind
 from torchgraft.merge_run import MergeRun, jobs
-from torchgraft.rewriting import Workers, opened
+from torchgraft.rewriting.file_tensors import FileTensor, lies_by_rows, read_exactly
+from torchgraft.rewriting.workers import Workers, opened
 
 PLACES, ROWS, ENTRIES = 8, 8, 1024
 """How many blocks of how many rows are looked at in each merged tensor, the first and the last among them; of one without rows, entries."""

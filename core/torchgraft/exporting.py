@@ -15,12 +15,14 @@ from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles, read_adapter
 from torchgraft.adapter_save import Contents, SavedSite, write
 from torchgraft.adapter_tensors import AdapterTensors
+from torchgraft.arithmetic.layer_merge import Applied, changes_bias, check_no_bias
+from torchgraft.arithmetic.precision import exactly, widened
 from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
-from torchgraft.checkpoint_layers import module_names
 from torchgraft.disk import new_directory, refuse_existing
 from torchgraft.errors import ConfigError, FileFormatError, MergeError
-from torchgraft.layers import Layer, is_inside
+from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.layers.of_checkpoint import module_names
 from torchgraft.method.config import LowRankConfig
 from torchgraft.method.method import Method
 from torchgraft.method.site import Site, to_canonical
@@ -28,7 +30,6 @@ from torchgraft.pairing import pair
 from torchgraft.peft_lora import LowRankPeft
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
-from torchgraft.weights import Applied, changes_bias, check_no_bias, exactly, widened
 
 PLAIN = Method("LORA", LowRankConfig, "", "", peft=LowRankPeft())
 """PEFT's LORA type, whatever method the adapter has here."""

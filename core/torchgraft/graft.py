@@ -7,7 +7,7 @@ The object, its name, its parameters and `isinstance` stay as they were. The ada
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from torchgraft.arithmetic.exact import Correction
+from torchgraft.arithmetic.precision import exactly, widened
 from torchgraft.errors import AttachError, PluginError
-from torchgraft.exact import Undo
 from torchgraft.kinds.kind import CARRIER, CHILD
 from torchgraft.method.config import Config
 from torchgraft.method.site import Site
 from torchgraft.plugin.registry import registry
 from torchgraft.plugin.shared_tensors import SharedTensors
-from torchgraft.weights import exactly, widened
 
 if TYPE_CHECKING:
     from torchgraft.per_sample import Routes
@@ -315,3 +315,26 @@ def is_adapter_name(name: str) -> bool:
 
 def _no_change(module: nn.Module, args: Any) -> None:
     """A forward hook that is there only to be there."""
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What is kept while a part is merged."""
+
+    depth: int
+    """How many adapters were merged into the module before."""
+    snapshot: dict[str, Tensor]
+    """The adapter's own tensors as they were merged."""
+    merged: dict[str, str]
+    """The digests of the module's tensors after the merge."""
+    correction: Correction | None = None
+    original: str = ""
+    """The digest of the weight before."""
+    needed: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the method asked for, by its hook adapter_undo."""
+    form: Form | None = None
+    """Of a quantised layer: what it was before it became a dense one."""
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    """What was replaced: of a module that is trained whole, all; else a bias that was merged into."""
+    fingerprint: str = ""
+    """Of the weight before the merge."""

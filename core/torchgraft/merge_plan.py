@@ -20,7 +20,7 @@ from torchgraft.errors import ConfigError, MergeError
 from torchgraft.hashes import sha256_of_file
 from torchgraft.kinds.kind import Kind
 from torchgraft.kinds.quantization import Quantization
-from torchgraft.layers import HEAD
+from torchgraft.layers.layer import HEAD
 from torchgraft.merge_record import refuse_merged
 from torchgraft.other_weights import warn_of_other_weights
 from torchgraft.pairing import pair

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from torchgraft import dtypes
 from torchgraft.adapter_tensors import AdapterTensors
+from torchgraft.arithmetic.bias_merge import BiasMerge
+from torchgraft.arithmetic.exact import make_correction
+from torchgraft.arithmetic.layer_merge import Applied, check_no_bias
+from torchgraft.arithmetic.tensor_merge import TensorMerge
 from torchgraft.bases import PairedSite
-from torchgraft.bias_merge import BiasMerge
 from torchgraft.checkpoint.layout import OutputFile, Placed
-from torchgraft.digests import digest_range
 from torchgraft.disk import Progress
-from torchgraft.exact import make_correction
-from torchgraft.file_blocks import FileBlocks, FileTensor, blocks_of, copy_bytes
 from torchgraft.hashes import as_bytes
 from torchgraft.merge_plan import Change, MergePlan
-from torchgraft.rewriting import Workers, opened, start_files
-from torchgraft.tensor_merge import TensorMerge
+from torchgraft.rewriting.digests import digest_range
+from torchgraft.rewriting.file_tensors import FileBlocks, FileTensor, blocks_of, copy_bytes
+from torchgraft.rewriting.workers import Workers, opened, start_files
 from torchgraft.undo_record import Corrections, UndoWriter
-from torchgraft.weights import Applied, check_no_bias
 
 
 class MergeRun:

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from torchgraft.bias_merge import BiasMerge
+from torchgraft.arithmetic.bias_merge import BiasMerge
+from torchgraft.arithmetic.exact import BITS, make_correction, restore
+from torchgraft.arithmetic.layer_merge import Applied, changes_bias, check_no_bias
+from torchgraft.arithmetic.precision import replacement
+from torchgraft.arithmetic.tensor_merge import merge_tensor, unmerge_tensor
 from torchgraft.errors import MergeError
-from torchgraft.exact import BITS, Undo, make_correction, restore
-from torchgraft.graft import Part, SitePart, TrainedCopy, become, form_of, parts_of
+from torchgraft.graft import Part, SitePart, TrainedCopy, Undo, become, form_of, parts_of
 from torchgraft.hashes import sha256_of_tensor
 from torchgraft.kinds.quantizing import Dequantized
+from torchgraft.layers.of_module import own_state
 from torchgraft.method.site import fingerprint_of
-from torchgraft.module_layers import own_state
-from torchgraft.tensor_merge import merge_tensor, unmerge_tensor
-from torchgraft.weights import Applied, changes_bias, check_no_bias, replacement
 
 if TYPE_CHECKING:
     from torch import Tensor

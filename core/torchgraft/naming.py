@@ -11,6 +11,8 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from torchgraft.layers.layer import parent_of
+
 
 @dataclass(frozen=True)
 class Naming:
@@ -64,10 +66,6 @@ def owner_of(tensor: str, modules: Container[str]) -> str:
     segments = tensor.split(".")
     names = (".".join(segments[:end]) for end in range(len(segments) - 1, 0, -1))
     return next((name for name in names if name in modules), "")
-
-
-def parent_of(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def described(renamed: Mapping[str, str]) -> str:

@@ -14,12 +14,12 @@ from torchgraft.checkpoint import fingerprint
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import PairingError, PluginError, near
 from torchgraft.kinds.kind import Shape
-from torchgraft.layers import Layer, is_inside, outer_names
+from torchgraft.layers.layer import Layer, is_inside, outer_names
+from torchgraft.layers.plan import site_of
 from torchgraft.method.config import parse_config
 from torchgraft.method.method import Method
 from torchgraft.naming import Naming, own_names
 from torchgraft.peft_pairing import pair_peft
-from torchgraft.planning import site_of
 from torchgraft.plugin.registry import registry
 
 SHOWN = 3

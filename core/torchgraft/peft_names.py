@@ -10,8 +10,8 @@ from itertools import accumulate
 from typing import Any
 
 from torchgraft.errors import PairingError
-from torchgraft.layers import Layer, is_inside
-from torchgraft.roles import LINEAR_KINDS
+from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.layers.roles import LINEAR_KINDS
 
 PREFIX = "base_model.model."
 

@@ -10,10 +10,10 @@ from torchgraft import peft_names
 from torchgraft.adapter_files import AdapterFiles
 from torchgraft.bases import Base, PairedSite, Pairing, layer_of
 from torchgraft.errors import PairingError
-from torchgraft.layers import Layer, is_inside
+from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.layers.plan import site_of
 from torchgraft.method.config import Config, explained
 from torchgraft.method.method import Method
-from torchgraft.planning import site_of
 from torchgraft.plugin.registry import registry
 
 

@@ -20,8 +20,8 @@ from torchgraft.disk import read_json
 from torchgraft.errors import AttachError, FileFormatError
 from torchgraft.kinds.quantization import Quantization
 from torchgraft.kinds.quantizing import blank_linear, set_weight
-from torchgraft.layers import Layer
-from torchgraft.planning import plan
+from torchgraft.layers.layer import Layer
+from torchgraft.layers.plan import plan
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from torchgraft import dtypes
+from torchgraft.arithmetic.exact import Correction, Numbers
 from torchgraft.checkpoint.header import dump_header
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
 from torchgraft.errors import FileFormatError
-from torchgraft.exact import Correction, Numbers
-from torchgraft.file_blocks import FileTensor, copy_bytes
 from torchgraft.hashes import as_bytes
+from torchgraft.rewriting.file_tensors import FileTensor, copy_bytes
 
 FilePlace = tuple[str, tuple[int, ...], int]
 """Dtype, shape and first byte of a tensor."""

@@ -26,7 +26,7 @@ from torchgraft_cli.options import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from torchgraft.memory import Memory
+    from torchgraft.layers.training_memory import Memory
 
 
 INDENTED = 10_000
@@ -62,7 +62,7 @@ def _inspect_selection(chosen: Chosen, depth: int | None, as_json: bool) -> None
 
 def _inspect_model(source: str, kinds: tuple[str, ...], depth: int | None, as_json: bool) -> None:
     from torchgraft.checkpoint.reading import open_checkpoint
-    from torchgraft.checkpoint_layers import layers_of_checkpoint
+    from torchgraft.layers.of_checkpoint import layers_of_checkpoint
 
     layers = tuple(layers_of_checkpoint(open_checkpoint(source), parse_kinds(kinds)))
     if as_json:
@@ -110,14 +110,14 @@ def memory_document(memory: Memory) -> dict[str, int]:
 
 
 def _memory(chosen: Chosen) -> dict[str, Memory]:
-    from torchgraft.memory import full_memory, memory_of_methods
+    from torchgraft.layers.training_memory import full_memory, memory_of_methods
 
     return {"full": full_memory(chosen.plan), **memory_of_methods(chosen.plan, chosen.hooks, chosen.configs, chosen.settings)}
 
 
 def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = True, out: Console | None = None) -> None:
     """The tree with what is selected in it, and the sums; on stdout, or on `out`."""
-    from torchgraft.planning import site_params
+    from torchgraft.layers.plan import site_params
     from torchgraft_cli.render import console, model_table, percent
     from torchgraft_cli.tree import rows
 

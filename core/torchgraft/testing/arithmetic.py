@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torchgraft.adapter import Adapter
+from torchgraft.arithmetic.precision import widened
 from torchgraft.testing.cases import Case, part_of
 from torchgraft.testing.checks import check
 from torchgraft.testing.compare import claimed, close, require
-from torchgraft.weights import widened
 
 EPS = torch.finfo(torch.float64).eps
 NEAR = 1e-10

@@ -18,9 +18,9 @@ from torchgraft.adapter import Adapter
 from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning, near
 from torchgraft.graft import SitePart
 from torchgraft.kinds.kind import Kind, kind_of
+from torchgraft.layers.plan import plan, site_of
 from torchgraft.method.config import Config, parse_config
 from torchgraft.method.site import Site
-from torchgraft.planning import plan, site_of
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 from torchgraft.testing.compare import SkippedError

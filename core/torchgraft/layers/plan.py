@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
-from torchgraft.checkpoint_layers import layers_of_checkpoint, module_names
 from torchgraft.errors import AttachError, ConfigError, SelectionError, TorchgraftWarning, near
-from torchgraft.layers import Layer, is_inside
+from torchgraft.layers.layer import Layer, is_inside, parent_of
+from torchgraft.layers.of_checkpoint import layers_of_checkpoint, module_names
+from torchgraft.layers.selection import name_matcher, select
 from torchgraft.method.site import Site
-from torchgraft.naming import parent_of
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
-from torchgraft.selection import name_matcher, select
 
 if TYPE_CHECKING:
     from torch import nn
@@ -146,7 +145,7 @@ def _contents(source: nn.Module | Checkpoint | str | Path, kinds: Mapping[str, s
         source = open_checkpoint(source)
     if isinstance(source, Checkpoint):
         return layers_of_checkpoint(source, kinds), module_names(source)
-    from torchgraft.module_layers import layers_of_module, named_base_modules
+    from torchgraft.layers.of_module import layers_of_module, named_base_modules
 
     return layers_of_module(source, registry().kinds()), [name for name, _ in named_base_modules(source)]
 

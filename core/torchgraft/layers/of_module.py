@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from torchgraft import dtypes
 from torchgraft.kinds.kind import CHILD, Kind, carries_adapters, kind_of
-from torchgraft.layers import Layer, is_inside
+from torchgraft.layers.layer import Layer, is_inside
 
 
 def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:

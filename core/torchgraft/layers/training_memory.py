@@ -9,9 +9,9 @@ from math import prod
 
 from torchgraft.dtypes import SIZES
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
-from torchgraft.layers import Layer, is_inside
+from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.layers.plan import Plan, site_of
 from torchgraft.method.config import Config
-from torchgraft.planning import Plan, site_of
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 

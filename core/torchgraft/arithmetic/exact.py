@@ -6,9 +6,8 @@ would restore, and records where that misses: a sparse set of entries, and a has
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from torchgraft.errors import MergeError
 from torchgraft.hashes import row_major, sha256_of_tensor
-
-if TYPE_CHECKING:
-    from torchgraft.graft import Form
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type of each element size: bits are compared, not values, for NaN and -0.0 are bits too."""
@@ -49,29 +45,6 @@ class Correction:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.gap, self.step, self.wide))
-
-
-@dataclass(frozen=True)
-class Undo:
-    """What is kept while a part is merged."""
-
-    depth: int
-    """How many adapters were merged into the module before."""
-    snapshot: dict[str, Tensor]
-    """The adapter's own tensors as they were merged."""
-    merged: dict[str, str]
-    """The digests of the module's tensors after the merge."""
-    correction: Correction | None = None
-    original: str = ""
-    """The digest of the weight before."""
-    needed: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the method asked for, by its hook adapter_undo."""
-    form: Form | None = None
-    """Of a quantised layer: what it was before it became a dense one."""
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    """What was replaced: of a module that is trained whole, all; else a bias that was merged into."""
-    fingerprint: str = ""
-    """Of the weight before the merge."""
 
 
 def make_correction(original: Tensor, nearly: Tensor) -> Correction:

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from torchgraft.roles import role_of
+from torchgraft.layers.roles import role_of
 
 HEAD = "lm_head"
 """The output head of transformers' plain language models."""
@@ -81,3 +81,7 @@ def is_inside(name: str, modules: Container[str]) -> bool:
 def by_name(layers: Iterable[Layer]) -> dict[str, Layer]:
     """Every name of every layer, aliases included."""
     return {name: layer for layer in layers for name in layer.names}
+
+
+def parent_of(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -21,9 +21,9 @@ from torchgraft.checkpoint.header import TensorEntry
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, SelectionError, near
-from torchgraft.layers import HEAD, Layer
-from torchgraft.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
-from torchgraft.selection import name_matcher
+from torchgraft.layers.layer import HEAD, Layer
+from torchgraft.layers.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
+from torchgraft.layers.selection import name_matcher
 
 if TYPE_CHECKING:
     from torchgraft.kinds.kind import Kind

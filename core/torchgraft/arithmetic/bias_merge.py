@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchgraft.weights import Applied, check_finite, exactly, tolerance, widened
+from torchgraft.arithmetic.layer_merge import Applied
+from torchgraft.arithmetic.precision import check_finite, exactly, tolerance, widened
 
 
 class BiasMerge:

@@ -15,9 +15,9 @@ import torch
 
 from torchgraft.checkpoint.layout import Layout, OutputFile, Placed
 from torchgraft.checkpoint.reading import Checkpoint
-from torchgraft.digests import quick_turns
 from torchgraft.disk import Progress, silent
-from torchgraft.file_blocks import FileTensor
+from torchgraft.rewriting.digests import quick_turns
+from torchgraft.rewriting.file_tensors import FileTensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -20,9 +20,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from torchgraft import roles
 from torchgraft.errors import SelectionError, near
-from torchgraft.layers import Layer
+from torchgraft.layers import roles
+from torchgraft.layers.layer import Layer
 
 MAX_NAMES = 10_000
 MAX_BRACES = 100

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from torchgraft.arithmetic.layer_merge import Applied, LayerMerge
+from torchgraft.arithmetic.precision import check_finite, exactly, replacement, tolerance
 from torchgraft.kinds.blocks import MemoryBlocks
 from torchgraft.kinds.kind import Kind, Shape
-from torchgraft.weights import Applied, LayerMerge, check_finite, exactly, replacement, tolerance
 
 
 class TensorMerge:

@@ -1,0 +1,1 @@
+"""Merging one tensor in float64, and undoing that to the last bit."""
