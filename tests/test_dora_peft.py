@@ -24,9 +24,9 @@ from test_lora_init import canonical
 from test_merge_exact import own_dtype
 from test_pairing import edit_tensors
 from test_peft_format import CLOSE, CONVOLUTIONS, FILES, GROUPED, alone, build, image_for, peft_reads, peft_trains, pytestmark, run
-from torchgraft.adapter_files import read_adapter
-from torchgraft.bases import base_of_module
-from torchgraft.pairing import pair
+from torchgraft.adapter_files.reading import read_adapter
+from torchgraft.pairing.base import base_of_module
+from torchgraft.pairing.matching import pair
 
 __all__ = ["pytestmark"]  # the warnings of PEFT's own that are ignored here, too
 

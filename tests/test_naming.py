@@ -19,8 +19,8 @@ import models
 import torchgraft as tg
 from test_architectures import OTHERS, assert_merges, inputs, logits
 from test_pairing import rename, snapshot
-from torchgraft import renames
-from torchgraft.naming import Naming, described, own_names
+from torchgraft.pairing import transformers_names
+from torchgraft.pairing.naming import Naming, described, own_names
 
 Adapt = Callable[..., Any]
 
@@ -276,19 +276,19 @@ def test_transformers_tells_the_names_in_memory(tmp_path: Path) -> None:
         model = build(family)
         model.save_pretrained(tmp_path / family)
         files, memory = load_file(tmp_path / family / "model.safetensors"), model.state_dict()
-        naming = renames.of_checkpoint(json.loads((tmp_path / family / "config.json").read_text()), files)[0]
+        naming = transformers_names.of_checkpoint(json.loads((tmp_path / family / "config.json").read_text()), files)[0]
         assert naming.tensors.keys() == memory.keys()
         assert all(memory[name].equal(files[own]) for name, own in naming.tensors.items())
-        back = renames.of_module(model, memory)[0]
+        back = transformers_names.of_module(model, memory)[0]
         assert {own: name for name, own in back.tensors.items()} == naming.tensors
-    assert renames.of_checkpoint({}, ["a.weight"]) == []
-    assert renames.of_module(models.Plain(), ["embed.weight"]) == []
+    assert transformers_names.of_checkpoint({}, ["a.weight"]) == []
+    assert transformers_names.of_module(models.Plain(), ["embed.weight"]) == []
 
 
 def test_a_fused_tensor_has_no_other_name(tmp_path: Path) -> None:
     build("mixtral").save_pretrained(tmp_path / "mixtral")
     config = json.loads((tmp_path / "mixtral" / "config.json").read_text())
-    (naming,) = renames.of_checkpoint(config, load_file(tmp_path / "mixtral" / "model.safetensors"))
+    (naming,) = transformers_names.of_checkpoint(config, load_file(tmp_path / "mixtral" / "model.safetensors"))
     assert naming.modules["model.layers.1.mlp.gate"] == "model.layers.1.block_sparse_moe.gate"
     assert not any("experts" in name for name in naming.tensors)
 

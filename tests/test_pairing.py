@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import models
 import torchgraft as tg
-from torchgraft.adapter_files import meaning
+from torchgraft.adapter_files.peft_config import meaning
 
 SITE = "model.layers.1.self_attn.q_proj"
 A, B = f"base_model.model.{SITE}.lora_A.weight", f"base_model.model.{SITE}.lora_B.weight"
@@ -342,8 +342,8 @@ def test_what_peft_can_do_and_we_cannot_is_refused(key: str, adapter: Path, base
 @as_peft_wrote_it
 def test_dora_without_its_plugin_is_refused(adapter: Path, base: Path, adapt: Adapt, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = tg.Registry([point for point in entry_points(group="torchgraft") if point.name == "lora"])
-    monkeypatch.setattr("torchgraft.pairing.registry", lambda: alone)
-    monkeypatch.setattr("torchgraft.peft_pairing.registry", lambda: alone)
+    monkeypatch.setattr("torchgraft.pairing.native.registry", lambda: alone)
+    monkeypatch.setattr("torchgraft.pairing.peft.registry", lambda: alone)
     edit_json(adapter / "adapter_config.json", use_dora=True)
     assert_refused("no installed method reads PEFT's peft_type 'LORA' with use_dora; see 'adapt plugins list'", adapter, base, adapt)
 

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import models
 import torchgraft as tg
-from torchgraft import peft_names
+from torchgraft.adapter_files import peft_names
 from torchgraft.errors import PairingError
 from torchgraft.layers.layer import Layer
 

@@ -13,6 +13,7 @@ from torchgraft.version import __version__ as __version__
 if TYPE_CHECKING:
     from torchgraft import testing as testing
     from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
+    from torchgraft.adapter_files.peft_lora import LowRankPeft as LowRankPeft
     from torchgraft.adapter_load import load as load
     from torchgraft.attaching import apply as apply
     from torchgraft.checkpoint_merge import MergeReport as MergeReport, merge_checkpoint as merge_checkpoint
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from torchgraft.method.resize import Resize as Resize
     from torchgraft.method.site import Site as Site, seed_of as seed_of
     from torchgraft.param_groups import scaled_param_groups as scaled_param_groups
-    from torchgraft.peft_lora import LowRankPeft as LowRankPeft
     from torchgraft.per_sample import per_sample as per_sample
     from torchgraft.plugin.hookspecs import hookimpl as hookimpl
     from torchgraft.plugin.registry import Registry as Registry, registry as registry
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapter": "Adapter Count activate adapters",
+    "adapter_files.peft_lora": "LowRankPeft",
     "adapter_load": "load",
     "attaching": "apply",
     "checkpoint_merge": "MergeReport merge_checkpoint",
@@ -69,7 +70,6 @@ _HOMES = {
     "method.resize": "Resize",
     "method.site": "Site seed_of",
     "param_groups": "scaled_param_groups",
-    "peft_lora": "LowRankPeft",
     "per_sample": "per_sample",
     "plugin.hookspecs": "hookimpl",
     "plugin.registry": "Registry registry",

@@ -287,7 +287,7 @@ class Adapter:
         self._check_attached()
         graft.check_no_routes(self.model, "saved")
         self._check_stepped()
-        from torchgraft.adapter_save import save
+        from torchgraft.in_memory.save import save
 
         if any(parameter.is_meta for parameter in self.parameters()):
             raise AttachError(f"the adapter {self.name!r} is on the meta device and has no values to save")

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.adapter import Adapter
-from torchgraft.adapter_files import read_adapter
-from torchgraft.adapter_tensors import AdapterTensors
+from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.attaching import attach
-from torchgraft.bases import Pairing, base_of_module
 from torchgraft.checkpoint import fingerprint
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.layers.plan import Plan
 from torchgraft.method.site import Site
-from torchgraft.other_weights import warn_of_other_weights
-from torchgraft.pairing import pair
+from torchgraft.pairing.base import base_of_module
+from torchgraft.pairing.matching import pair
+from torchgraft.pairing.other_weights import warn_of_other_weights
+from torchgraft.pairing.pairing import Pairing
+from torchgraft.pairing.tensors import AdapterTensors
 
 
 def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> Adapter:

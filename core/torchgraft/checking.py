@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torchgraft.adapter_files import read_adapter
-from torchgraft.adapter_tensors import not_finite
-from torchgraft.bases import Base, Pairing, base_of_checkpoint
+from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.errors import TorchgraftError
 from torchgraft.merge_record import merged_already
-from torchgraft.pairing import pair
+from torchgraft.pairing.base import Base, base_of_checkpoint
+from torchgraft.pairing.matching import pair
+from torchgraft.pairing.pairing import Pairing
+from torchgraft.pairing.tensors import not_finite
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torchgraft.adapter_save import Contents, SavedSite, also_saved, write
+from torchgraft.adapter_files.writing import Contents, SavedSite, also_saved, write
 from torchgraft.checkpoint import fingerprint
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.disk import new_directory

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.adapter_files import NATIVE, PEFT_CONFIG
+from torchgraft.adapter_files.reading import NATIVE, PEFT_CONFIG
 from torchgraft.checkpoint.layout import relative_name
 from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.checkpoint.sidecars import RECORD, UNDO

@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchgraft.adapter_files import read_adapter
-from torchgraft.adapter_tensors import AdapterTensors
+from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.arithmetic import exact
 from torchgraft.arithmetic.layer_merge import Applied
 from torchgraft.arithmetic.tensor_merge import TensorMerge
-from torchgraft.bases import PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint.header import read_header
 from torchgraft.checkpoint.layout import Layout, OutputFile, Placed, plan_layout, same_file
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
@@ -25,7 +23,10 @@ from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.kinds.kind import Kind
 from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
-from torchgraft.pairing import pair_as
+from torchgraft.pairing.base import base_of_checkpoint
+from torchgraft.pairing.matching import pair_as
+from torchgraft.pairing.pairing import PairedSite, Pairing
+from torchgraft.pairing.tensors import AdapterTensors
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 from torchgraft.rewriting.digests import digest_range

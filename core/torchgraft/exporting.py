@@ -11,23 +11,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchgraft import peft_names
-from torchgraft.adapter_files import AdapterFiles, read_adapter
-from torchgraft.adapter_save import Contents, SavedSite, write
-from torchgraft.adapter_tensors import AdapterTensors
+from torchgraft.adapter_files import peft_names
+from torchgraft.adapter_files.peft_lora import LowRankPeft
+from torchgraft.adapter_files.reading import read_adapter
+from torchgraft.adapter_files.writing import Contents, SavedSite, write
 from torchgraft.arithmetic.layer_merge import Applied, changes_bias, check_no_bias
 from torchgraft.arithmetic.precision import exactly, widened
-from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
 from torchgraft.disk import new_directory, refuse_existing
-from torchgraft.errors import ConfigError, FileFormatError, MergeError
-from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.errors import ConfigError, MergeError
+from torchgraft.layers.layer import Layer
 from torchgraft.layers.of_checkpoint import module_names
 from torchgraft.method.config import LowRankConfig
 from torchgraft.method.method import Method
 from torchgraft.method.site import Site, to_canonical
-from torchgraft.pairing import pair
-from torchgraft.peft_lora import LowRankPeft
+from torchgraft.pairing.base import base_of_checkpoint, base_of_record
+from torchgraft.pairing.matching import pair
+from torchgraft.pairing.pairing import PairedSite, Pairing
+from torchgraft.pairing.tensors import AdapterTensors
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 
@@ -71,7 +72,7 @@ def export_adapter(
         raise ConfigError("a rank is for the nearest LoRA of a method that is none, and needs its base: --to lora --rank R --base MODEL")
     files = read_adapter(adapter)
     checkpoint = open_checkpoint(base) if base is not None else None
-    known = base_of_checkpoint(checkpoint, kinds) if checkpoint is not None else _recorded_base(files)
+    known = base_of_checkpoint(checkpoint, kinds) if checkpoint is not None else base_of_record(files)
     pairing = pair(files, known).demand(known)
     tensors = AdapterTensors(pairing)
     hooks = registry().hooks(pairing.method.name)
@@ -104,31 +105,6 @@ def export_adapter(
         write(contents, directory, native=False)
     written = {saved.site.name for saved in sites}
     return ExportReport(target, len(sites), tuple(p.site.name for p in pairing.sites if p.site.name not in written), errors)
-
-
-def _recorded_base(files: AdapterFiles) -> Base:
-    """The base as far as our record describes it."""
-    if not files.native:
-        raise FileFormatError(
-            f"{files.directory}: PEFT wrote it, and it does not tell the layers' kinds and shapes; give its base: --base MODEL"
-        )
-    sites = files.native["sites"]
-    layers = {
-        site["name"]: Layer(
-            site["name"], site["kind"], tuple(site["shape"]), site["dtype"], 0, 0, site.get("bias", False), site.get("groups", 1)
-        )
-        for site in sites
-    }
-    prefix = peft_names.PREFIX if files.peft else ""
-    also_train = files.native["also_train"]
-    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in files.shapes.items()}
-    return Base(
-        str(files.directory),
-        layers,
-        {name: shape for name, shape in shapes.items() if is_inside(name, also_train)},
-        lambda _: "",
-        is_module=False,
-    )
 
 
 @dataclass(frozen=True)

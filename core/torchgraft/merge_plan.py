@@ -9,8 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torchgraft.adapter_files import read_adapter
-from torchgraft.bases import Base, PairedSite, Pairing, base_of_checkpoint
+from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.checkpoint.layout import Layout, Placed, plan_layout
 from torchgraft.checkpoint.reading import INDEX, Checkpoint
 from torchgraft.checkpoint.sidecars import Sidecars, sidecars_of
@@ -22,8 +21,10 @@ from torchgraft.kinds.kind import Kind
 from torchgraft.kinds.quantization import Quantization
 from torchgraft.layers.layer import HEAD
 from torchgraft.merge_record import refuse_merged
-from torchgraft.other_weights import warn_of_other_weights
-from torchgraft.pairing import pair
+from torchgraft.pairing.base import Base, base_of_checkpoint
+from torchgraft.pairing.matching import pair
+from torchgraft.pairing.other_weights import warn_of_other_weights
+from torchgraft.pairing.pairing import PairedSite, Pairing
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 

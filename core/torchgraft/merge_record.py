@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchgraft.adapter_files import AdapterFiles
+from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.checkpoint.sidecars import RECORD
 from torchgraft.disk import leaves_directory, read_json

@@ -10,16 +10,16 @@ from pathlib import Path
 from torch import Tensor
 
 from torchgraft import dtypes
-from torchgraft.adapter_tensors import AdapterTensors
 from torchgraft.arithmetic.bias_merge import BiasMerge
 from torchgraft.arithmetic.exact import make_correction
 from torchgraft.arithmetic.layer_merge import Applied, check_no_bias
 from torchgraft.arithmetic.tensor_merge import TensorMerge
-from torchgraft.bases import PairedSite
 from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.disk import Progress
 from torchgraft.hashes import as_bytes
 from torchgraft.merge_plan import Change, MergePlan
+from torchgraft.pairing.pairing import PairedSite
+from torchgraft.pairing.tensors import AdapterTensors
 from torchgraft.rewriting.digests import digest_range
 from torchgraft.rewriting.file_tensors import FileBlocks, FileTensor, blocks_of, copy_bytes
 from torchgraft.rewriting.workers import Workers, opened, start_files
@@ -115,6 +115,6 @@ def jobs(plan: MergePlan) -> list[tuple[OutputFile, Placed]]:
 def _start(quantization: Mapping[str, object], source: FileTensor) -> Tensor | None:
     if not quantization:
         return None
-    from torchgraft.kinds.quantized import round_trip
+    from torchgraft.kinds.quantized import round_trip  # bitsandbytes takes seconds
 
     return round_trip(source.mapped(written=False), quantization)

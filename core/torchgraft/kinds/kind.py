@@ -12,9 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
 from torchgraft import dtypes
 
 if TYPE_CHECKING:
@@ -77,6 +74,7 @@ class Kind(ABC):
 
         By way of an identity for B; a kind that knows a shorter way says so.
         """
+        import torch
 
         return self.project_out(
             module, self.project_in(module, x, matrix), torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
@@ -156,6 +154,7 @@ def dropped(x: Tensor, p: float, module: nn.Module) -> Tensor:
 
 def with_gain(h: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     """gain·(h - bias) + bias, in a form that is `h` to the last bit where `gain` is 1."""
+    import torch
 
     if gain is None:
         return h
@@ -164,6 +163,7 @@ def with_gain(h: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
 
 def traced() -> bool:
     """Whether a compiler looks on, or one of torch.func's transforms: what is computed then is not to be written to, nor kept."""
+    import torch
 
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or bool(torch._C._are_functorch_transforms_active())
 

@@ -204,7 +204,7 @@ def _is_input(layer: Layer) -> bool:
 def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:
     if not kinds:
         return layers
-    from torchgraft.plugin.registry import registry
+    from torchgraft.plugin.registry import registry  # loads pydantic, which takes a while
 
     for pattern, name in kinds.items():
         kind, matches = registry().kind(name), name_matcher(pattern)

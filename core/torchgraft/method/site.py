@@ -8,10 +8,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from torchgraft.checkpoint.fingerprint import SOURCE, of_tensor
 from torchgraft.errors import AttachError
 from torchgraft.kinds.kind import Kind, Shape, traced
 
@@ -147,6 +143,7 @@ class Site:
         past torch's own count. A change through `tensor.data` by hand goes unseen: of an adapter's until `train` or `eval` is called,
         and of the layer's own weight altogether.
         """
+        import torch
 
         if traced():  # a compiler would make one more graph for each state that it finds the memo in
             return compute()
@@ -249,12 +246,15 @@ def to_canonical(kind: Kind, stored: Tensor) -> Tensor:
 
 
 def _widened(tensor: Tensor) -> Tensor:
+    import torch
 
     return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
 def fingerprint_of(site: Site) -> str:
     """The fingerprint of a site's weight; of a quantised one, that of the weight it was quantised from, if that is known."""
+    from torchgraft.checkpoint.fingerprint import SOURCE, of_tensor  # loads numpy
+
     if site.module is not None and site.kind.quantized:
         return str(site.module.__dict__.get(SOURCE, ""))
     return of_tensor(site.stored_weight())

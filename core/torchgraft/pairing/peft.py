@@ -6,14 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torchgraft import peft_names
-from torchgraft.adapter_files import AdapterFiles
-from torchgraft.bases import Base, PairedSite, Pairing, layer_of
+from torchgraft.adapter_files import peft_names
+from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.errors import PairingError
 from torchgraft.layers.layer import Layer, is_inside
 from torchgraft.layers.plan import site_of
 from torchgraft.method.config import Config, explained
 from torchgraft.method.method import Method
+from torchgraft.pairing.base import Base, layer_of
+from torchgraft.pairing.pairing import PairedSite, Pairing
 from torchgraft.plugin.registry import registry
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torchgraft.errors import PairingError
-from torchgraft.naming import Naming
+from torchgraft.pairing.naming import Naming
 
 if TYPE_CHECKING:
     from torch import nn

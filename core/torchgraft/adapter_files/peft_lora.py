@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from torchgraft import peft_names
+from torchgraft.adapter_files import peft_names
 from torchgraft.errors import PairingError
 from torchgraft.kinds.kind import Shape
 from torchgraft.method.config import LowRankConfig

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torchgraft.bases import Pairing
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.method.site import Site
+from torchgraft.pairing.pairing import Pairing
 
 
 def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site], *, requantized: bool = False, over_others: bool = False) -> None:

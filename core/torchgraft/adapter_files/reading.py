@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
+from torchgraft.adapter_files.peft_config import check_peft_config, meaning
 from torchgraft.checkpoint.header import Header, read_header
 from torchgraft.checkpoint.reading import read_tensor
 from torchgraft.disk import read_json
 from torchgraft.errors import FileFormatError
-from torchgraft.hashes import sha256_of_bytes, sha256_of_file
+from torchgraft.hashes import sha256_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,25 +30,6 @@ SITE_RECORD = {"name": str, "kind": str, "shape": list, "dtype": str, "config": 
 SITE_OPTIONS = {"groups": int, "fingerprint": str, "beneath": list, "quantization": dict}
 OPTIONS = {"also_saved": list, "quantized": dict, "state": dict}
 """What a record may have, too."""
-
-PEFT_LABELS = frozenset("auto_mapping base_model_name_or_path inference_mode peft_version revision task_type".split())
-PEFT_TYPES = {
-    "target_modules": str | list,
-    "exclude_modules": str | list,
-    "modules_to_save": list,
-    "layers_pattern": str | list,
-    "layers_to_transform": int | list,
-    "rank_pattern": dict,
-    "alpha_pattern": dict,
-    "r": int,
-    "lora_alpha": int | float,
-    "lora_dropout": int | float,
-    "use_rslora": bool,
-    "use_dora": bool,
-}
-"""The types that PEFT writes."""
-NEEDED = ("r", "lora_alpha")
-"""Those that cannot be null."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +114,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     if native:
         _check_native(root / NATIVE, native)
     if peft:
-        _check_peft(root / PEFT_CONFIG, peft)
+        check_peft_config(root / PEFT_CONFIG, peft)
     names = [native["tensors"]["file"]] if native else [PEFT_TENSORS, PEFT_PICKLE]
     tensor_file = next((root / name for name in names if (root / name).is_file()), None)
     if tensor_file is None:
@@ -149,12 +130,6 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
             f"undo the change, or remove {NATIVE} to read it as a plain PEFT adapter"
         )
     return AdapterFiles(root, native, peft, tensor_file)
-
-
-def meaning(peft: Mapping[str, Any]) -> str:
-    """A hash of what in a PEFT config decides about the function: not names, versions, or values that are not set."""
-    kept = {key: value for key, value in sorted(peft.items()) if value and key not in PEFT_LABELS}
-    return sha256_of_bytes(json.dumps(kept, sort_keys=True).encode())
 
 
 def _check_native(path: Path, native: Mapping[str, Any]) -> None:
@@ -179,15 +154,6 @@ def _check_native(path: Path, native: Mapping[str, Any]) -> None:
         sound = False
     if not sound:
         raise FileFormatError(f"{path}: it lacks what an adapter's record must have; was it edited by hand?")
-
-
-def _check_peft(path: Path, peft: Mapping[str, Any]) -> None:
-    for key, expected in PEFT_TYPES.items():
-        value = peft.get(key)
-        names = value if isinstance(value, list) and key != "layers_to_transform" else []
-        sound = isinstance(value, expected) and all(isinstance(name, str) for name in names)
-        if not sound and (value is not None or (key in NEEDED and key in peft)):
-            raise FileFormatError(f"{path}: {key} = {value!r} is not what PEFT writes there")
 
 
 def _elsewhere(root: Path) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torchgraft.bases import PairedSite, Pairing
 from torchgraft.errors import PairingError
+from torchgraft.pairing.pairing import PairedSite, Pairing
 from torchgraft.plugin.registry import registry
 
 if TYPE_CHECKING:

@@ -1,53 +1,20 @@
-"""What pairing works with: the base as far as it is looked at, and what came of matching an adapter with it."""
+"""What came of matching an adapter with a base."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from torchgraft import peft_names, renames
-from torchgraft.adapter_files import AdapterFiles
-from torchgraft.checkpoint import fingerprint
-from torchgraft.checkpoint.reading import Checkpoint
+from torchgraft.adapter_files import peft_names
+from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.errors import PairingError
-from torchgraft.kinds.kind import Shape
-from torchgraft.layers.layer import Layer, by_name
-from torchgraft.layers.of_checkpoint import layers_of_checkpoint
-from torchgraft.layers.plan import site_of
 from torchgraft.method.config import Config
 from torchgraft.method.method import Method
-from torchgraft.method.site import Site, fingerprint_of
-from torchgraft.naming import Naming, described, owner_of
+from torchgraft.method.site import Site
+from torchgraft.pairing.base import Base
+from torchgraft.pairing.naming import described
 from torchgraft.plugin.info import DISTRIBUTION
 from torchgraft.plugin.registry import registry
-
-if TYPE_CHECKING:
-    from torch import nn
-
-
-@dataclass(frozen=True)
-class Base:
-    """A model or a checkpoint, as far as pairing looks at it."""
-
-    label: str
-    layers: Mapping[str, Layer]
-    tensors: Mapping[str, Shape]
-    fingerprint: Callable[[str], str]
-    """Of the layer's weight."""
-    is_module: bool
-    namings: Callable[[], Iterable[Naming]] = list
-    """What transformers calls the tensors elsewhere; it may be slow, or raise PairingError."""
-
-    def named(self, naming: Naming) -> Base:
-        """This base with the names of `naming`, which may leave layers out."""
-        others = {own: name for name, own in naming.modules.items()}
-        layers = {
-            others[name]: replace(layer, name=others[layer.name], aliases=())
-            for name, layer in self.layers.items()
-            if name in others and layer.name in others
-        }
-        return replace(self, layers=layers, tensors={name: self.tensors[own] for name, own in naming.tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -122,35 +89,3 @@ class Pairing:
             more = f" (and {len(self.problems) - 1} more: 'adapt check' lists them)" if len(self.problems) > 1 else ""
             raise PairingError(f"{self.files.directory} does not fit {base.label}: {self.problems[0]}{more}", tuple(self.problems))
         return self
-
-
-def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> Base:
-    layers = by_name(layers_of_checkpoint(checkpoint, kinds))
-    shapes = {name: entry.shape for name, entry in checkpoint.tensors.items()}
-    shapes |= {f"{layer.name}.weight": layer.shape for layer in layers.values() if layer.weight_of}
-    return Base(
-        str(checkpoint.root),
-        layers,
-        shapes,
-        lambda name: fingerprint.of_file(checkpoint, layers[name].weight_name),
-        is_module=False,
-        namings=lambda: renames.of_checkpoint(checkpoint.config, shapes),
-    )
-
-
-def base_of_module(model: nn.Module) -> Base:
-    from torchgraft.layers.of_module import layers_of_module, own_shapes
-
-    layers = by_name(layers_of_module(model, registry().kinds()))
-
-    def sample(name: str) -> str:
-        return fingerprint_of(site_of(layers[name], model.get_submodule(name)))
-
-    shapes = own_shapes(model)
-    return Base(type(model).__name__, layers, shapes, sample, is_module=True, namings=lambda: renames.of_module(model, shapes))
-
-
-def layer_of(tensor: str, layers: Mapping[str, Layer]) -> str:
-    """The name of the layer that an adapter's tensor belongs to, or ""."""
-    owner = owner_of(tensor, layers)
-    return layers[owner].name if owner else ""

@@ -1,0 +1,1 @@
+"""Adapter directories, ours and PEFT's: read, checked and written."""

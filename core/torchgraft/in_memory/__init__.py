@@ -1,0 +1,1 @@
+"""Adapters on an nn.Module: apply, train, merge, save, load."""

@@ -1,0 +1,1 @@
+"""Does this adapter fit this base, and under which names?"""

@@ -1,0 +1,106 @@
+"""Does this adapter belong on this base? Answered from names, shapes and samples, before anything is read or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torchgraft.adapter_files.reading import AdapterFiles
+from torchgraft.errors import PairingError
+from torchgraft.layers.layer import is_inside
+from torchgraft.pairing.base import Base
+from torchgraft.pairing.naming import Naming, own_names
+from torchgraft.pairing.native import pair_native
+from torchgraft.pairing.pairing import Pairing
+from torchgraft.pairing.peft import pair_peft
+from torchgraft.pairing.tensor_checks import _prefix, check_tensors, check_weights
+
+
+def pair(files: AdapterFiles, base: Base) -> Pairing:
+    """Match every tensor of the adapter with its place in the base. All problems are collected, not only the first.
+
+    If some of the adapter's names have no place, other names of the base are tried (see `naming`); one naming must fit them all.
+
+    Raises:
+        PluginError: the method is not installed.
+        PairingError: no installed method reads this adapter.
+        ConfigError: its options are not valid.
+    """
+    pairing = _match(files, base)
+    if pairing.problems and pairing.unused:
+        pairing = _match_renamed(files, base, pairing)
+    check_weights(pairing, base)
+    return pairing
+
+
+def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairing:
+    """As `pair`, under the names that were found before (`Pairing.tensor_names`), and without a look at the weights."""
+    if not names:
+        return _match(files, base)
+    others = set(names.values())
+    return _match_as(files, base, Naming({**{name: name for name in base.tensors if name not in others}, **names}))
+
+
+def _match(files: AdapterFiles, base: Base) -> Pairing:
+    """By names, kinds and shapes."""
+    pairing = pair_native(files, base) if files.native else pair_peft(files, base)
+    check_tensors(pairing, base)
+    return pairing
+
+
+def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
+    """The one pairing under other names that has no problems; else the one that says best what is wrong.
+
+    Raises:
+        PairingError: two prefixes would do.
+    """
+    names = [name.removeprefix(_prefix(files)) for name in files.shapes]
+    best = _best([exact, *_with_a_prefix(files, base, own_names(base.tensors), names)])
+    if not best.problems:
+        return best
+    try:
+        namings = base.namings()
+    except PairingError as error:
+        best.problems[0] += f" ({error})"
+        return best
+    for naming in namings:
+        plain = _match_as(files, base, naming)
+        best = _best([best, plain, *(_with_a_prefix(files, base, naming, names) if plain.problems else ())])
+        if not best.problems:
+            break
+    return best
+
+
+def _with_a_prefix(files: AdapterFiles, base: Base, naming: Naming, names: list[str]) -> list[Pairing]:
+    tried = [_match_as(files, base, other) for other in naming.prefixed(names)]
+    fits = [pairing.note for pairing in tried if not pairing.problems]
+    if len(fits) > 1:
+        raise PairingError(
+            f"{files.directory} fits {base.label} in more than one place, and nothing tells which is meant: {'; or '.join(fits)}"
+        )
+    return tried
+
+
+def _best(tried: list[Pairing]) -> Pairing:
+    """The first without problems; else the first of those that find a place for the most tensors."""
+    return min(tried, key=lambda pairing: (bool(pairing.problems), len(pairing.unused)))
+
+
+def _match_as(files: AdapterFiles, base: Base, naming: Naming) -> Pairing:
+    return _in_base_names(_match(files, base.named(naming)), naming, base.is_module)
+
+
+def _in_base_names(pairing: Pairing, naming: Naming, is_module: bool) -> Pairing:
+    """The pairing that was made under the names of `naming`, with the base's own."""
+    for index, paired in enumerate(pairing.sites):
+        pairing.sites[index] = replace(paired, site=replace(paired.site, name=naming.modules[paired.site.name]))
+    modules = {name: naming.module(name) for name in pairing.also_train}
+    for name, own in modules.items() if is_module else ():
+        if not own and any(is_inside(tensor, [name]) for tensor in naming.tensors):
+            pairing.problems.append(f"{name}: the adapter holds it whole, and what is in it has other names here, so it cannot be replaced")
+    pairing.also_train = tuple(own or name for name, own in modules.items())
+    pairing.trained = {naming.tensors[name]: saved for name, saved in pairing.trained.items()}
+    renamed = {paired.own_name: paired.site.name for paired in pairing.sites} | {name: own for name, own in modules.items() if own}
+    pairing.renamed = {name: own for name, own in renamed.items() if name != own}
+    pairing.modules = naming.modules
+    return pairing

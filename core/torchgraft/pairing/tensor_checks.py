@@ -1,0 +1,124 @@
+"""Whether an adapter's tensors, and the base's weights, are those that are expected."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container, Iterable
+from dataclasses import replace
+
+from torchgraft.adapter_files import peft_names
+from torchgraft.adapter_files.reading import AdapterFiles
+from torchgraft.checkpoint import fingerprint
+from torchgraft.dtypes import ADAPTABLE
+from torchgraft.errors import near
+from torchgraft.kinds.kind import Shape
+from torchgraft.layers.layer import is_inside, outer_names
+from torchgraft.pairing.base import Base, layer_of
+from torchgraft.pairing.native import SHOWN, no_layer
+from torchgraft.pairing.pairing import PairedSite, Pairing
+from torchgraft.plugin.registry import registry
+
+OTHER_BASE = "the base's weight is not the one that the adapter was made for: another model, or one that was merged into"
+
+
+def check_tensors(pairing: Pairing, base: Base) -> None:
+    """Every expected tensor is there with its shape, and there is no other."""
+    files, used, prefix = pairing.files, set[str](), _prefix(pairing.files)
+    for index, paired in enumerate(pairing.sites):
+        expected = _expected(pairing, paired)
+        named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
+        pairing.sites[index] = replace(paired, tensors=named)
+        used.update(named.values())
+        exempt = pairing.method.buffers if not files.peft else ()  # a method's own buffers may be indices or masks
+        problems = (
+            _problem(files, named[suffix], shape) or ("" if suffix in exempt else _type_problem(files, named[suffix]))
+            for suffix, shape in expected.items()
+        )
+        pairing.problems += [problem for problem in problems if problem]
+    absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # a problem already
+    whole, saved = frozenset(pairing.also_train), frozenset(files.native.get("also_saved", []))
+    inside_of = _inside(base.tensors, whole)
+    for module in pairing.also_train:
+        inside = {name: base.tensors[name] for name in inside_of.get(module, ())}
+        if not inside:
+            absent.append(module)
+            pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter holds it whole")
+        pairing.trained.update({name: prefix + name for name in inside})
+        pairing.problems += [p for name, shape in inside.items() if (p := _problem(files, prefix + name, shape))]
+        used.update(prefix + name for name in inside)
+    used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), saved))
+    used.update(name for paired in pairing.sites if (name := _frozen_copy(files, paired)))
+    pairing.unused = [name for name in files.shapes if name not in used]
+    _add_left_over(pairing, [name for name in pairing.unused if not is_inside(name.removeprefix(prefix), absent)], base)
+
+
+def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[str]]:
+    """Module → the tensors in it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in tensors:
+        for outer in outer_names(name):
+            if outer in modules:
+                found[outer].append(name)
+    return found
+
+
+def _prefix(files: AdapterFiles) -> str:
+    """What stands before the names in the file."""
+    return peft_names.PREFIX if files.peft else ""
+
+
+def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
+    """PEFT saves the frozen weight of a targeted embedding or head, too: that tensor's name, or ""."""
+    name = f"{peft_names.PREFIX}{paired.own_name}.base_layer.weight"
+    return name if files.peft and files.shapes.get(name, ("", ()))[1] == paired.site.shape else ""
+
+
+def check_weights(pairing: Pairing, base: Base) -> None:
+    """The base's weights are those that the adapter was made for, as far as it tells."""
+    recorded = {entry["name"]: entry for entry in pairing.files.native.get("sites", [])}
+    for paired in pairing.sites:
+        site, entry = paired.site, recorded.get(paired.own_name, {})
+        known = [(entry.get("dtype", ""), entry.get("fingerprint", ""))]
+        if name := _frozen_copy(pairing.files, paired):
+            known.append((pairing.files.shapes[name][0], fingerprint.of_tensor(pairing.files.read(name))))
+        for dtype, print_ in known:
+            if print_ and fingerprint.comparable(site.dtype, dtype) and base.fingerprint(site.name) not in ("", print_):
+                pairing.problems.append(f"{site.name}: {OTHER_BASE}")
+                break
+
+
+def _expected(pairing: Pairing, paired: PairedSite) -> dict[str, Shape]:
+    if pairing.files.peft and pairing.method.peft is not None:
+        return pairing.method.peft.shapes(paired.site, paired.config)
+    return registry().hooks(pairing.method.name).shapes(paired.site, paired.config)
+
+
+def _problem(files: AdapterFiles, name: str, expected: Shape) -> str:
+    if name not in files.shapes:
+        return f"the tensor {name!r} is missing from {files.tensor_file.name}"
+    _, shape = files.shapes[name]
+    if shape != expected and 0 in shape:
+        return f"the tensor {name!r} is empty, shape {list(shape)}: it was saved while sharded (ZeRO-3, FSDP); save it gathered"
+    if shape != expected:
+        return f"the tensor {name!r} has the shape {list(shape)}, expected {list(expected)}"
+    return ""
+
+
+def _type_problem(files: AdapterFiles, name: str) -> str:
+    dtype, _ = files.shapes[name]
+    return "" if dtype in ADAPTABLE else f"the tensor {name!r} has the type {dtype}, expected one of {', '.join(sorted(ADAPTABLE))}"
+
+
+def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        bare = name.removeprefix(_prefix(pairing.files))
+        owner = layer_of(bare, base.layers)
+        module = owner or ".".join(bare.split(".")[:-2]) or bare
+        groups[module].append(name)
+    for module, found in groups.items():
+        shown = ", ".join(found[:SHOWN]) + ("…" if len(found) > SHOWN else "")
+        if module in base.layers:
+            pairing.problems.append(f"{module}: the adapter's tensor {shown} has no use there")
+        else:
+            pairing.problems.append(f"{no_layer(module, pairing, base)} (adapter's tensor {shown})")
