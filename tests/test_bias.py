@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import torchgraft as tg
 from models import perturb_
 from thirdparty import bitfit, registered
-from torchgraft import module_merge
+from torchgraft.in_memory import merge
 from torchgraft.layers.of_module import sharing_bias
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -251,7 +251,7 @@ def test_a_bias_that_cannot_be_written_leaves_the_weight_as_it_was() -> None:
 def test_of_several_tensors_all_are_written_or_none() -> None:
     weight, expanded = torch.ones(2, 2), torch.zeros(1).expand(4)
     with pytest.raises(RuntimeError, match="written-to tensor"):
-        module_merge._write({"weight": weight, "bias": expanded}, {"weight": torch.zeros(2, 2), "bias": torch.ones(4)})
+        merge._write({"weight": weight, "bias": expanded}, {"weight": torch.zeros(2, 2), "bias": torch.ones(4)})
     assert torch.equal(weight, torch.ones(2, 2))
 
 

@@ -199,7 +199,7 @@ def test_a_disk_that_is_large_enough_is_written(case: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for module in ("checkpoint_unmerge", "checkpoint_verify"):  # so that a fork need not import them
+    for module in ("on_files.unmerge", "on_files.merge_verify"):  # so that a fork need not import them
         import_module(f"torchgraft.{module}")
     for what, count in strike(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), seed=0).items():
         print(f"{what}: {count}")

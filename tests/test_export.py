@@ -17,7 +17,7 @@ from torch import nn
 import torchgraft as tg
 from conftest import Result
 from models import GROUPED, SPECIAL, perturb_
-from torchgraft.exporting import nearest_lora
+from torchgraft.on_files.export import nearest_lora
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT asks transformers for it

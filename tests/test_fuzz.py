@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 
 import torchgraft as tg
 from torchgraft import dtypes
-from torchgraft.checking import check
 from torchgraft.checkpoint.header import dump_header, read_header
 from torchgraft.checkpoint.reading import INDEX, open_checkpoint
 from torchgraft.errors import FileFormatError
 from torchgraft.layers.of_checkpoint import layers_of_checkpoint
+from torchgraft.on_files.check import check
 from torchgraft_cli.main import main
 
 SECONDS = 20

@@ -23,7 +23,7 @@ from torch import nn
 import torchgraft as tg
 from conftest import Result
 from models import Plain, perturb_
-from torchgraft.adapter import Count
+from torchgraft.in_memory.adapter import Count
 from torchgraft.plugin.registry import registry
 
 Adapt = Callable[..., Result]

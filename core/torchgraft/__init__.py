@@ -12,12 +12,7 @@ from torchgraft.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from torchgraft import testing as testing
-    from torchgraft.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
     from torchgraft.adapter_files.peft_lora import LowRankPeft as LowRankPeft
-    from torchgraft.adapter_load import load as load
-    from torchgraft.attaching import apply as apply
-    from torchgraft.checkpoint_merge import MergeReport as MergeReport, merge_checkpoint as merge_checkpoint
-    from torchgraft.checkpoint_unmerge import unmerge_checkpoint as unmerge_checkpoint
     from torchgraft.errors import (
         AttachError as AttachError,
         ConfigError as ConfigError,
@@ -30,8 +25,13 @@ if TYPE_CHECKING:
         TorchgraftError as TorchgraftError,
         TorchgraftWarning as TorchgraftWarning,
     )
-    from torchgraft.exporting import ExportReport as ExportReport, export_adapter as export_adapter
-    from torchgraft.graft import SitePart as SitePart
+    from torchgraft.in_memory.adapter import Adapter as Adapter, Count as Count, activate as activate, adapters as adapters
+    from torchgraft.in_memory.apply import apply as apply
+    from torchgraft.in_memory.load import load as load
+    from torchgraft.in_memory.load_quantized import load_quantized as load_quantized
+    from torchgraft.in_memory.param_groups import scaled_param_groups as scaled_param_groups
+    from torchgraft.in_memory.parts import SitePart as SitePart
+    from torchgraft.in_memory.per_sample import per_sample as per_sample
     from torchgraft.kinds.kind import Kind as Kind
     from torchgraft.kinds.quantization import Quantization as Quantization
     from torchgraft.kinds.quantizing import quantized_linear as quantized_linear
@@ -41,25 +41,25 @@ if TYPE_CHECKING:
     from torchgraft.method.method import Method as Method, PeftFormat as PeftFormat
     from torchgraft.method.resize import Resize as Resize
     from torchgraft.method.site import Site as Site, seed_of as seed_of
-    from torchgraft.param_groups import scaled_param_groups as scaled_param_groups
-    from torchgraft.per_sample import per_sample as per_sample
+    from torchgraft.on_files.export import ExportReport as ExportReport, export_adapter as export_adapter
+    from torchgraft.on_files.merge import MergeReport as MergeReport, merge_checkpoint as merge_checkpoint
+    from torchgraft.on_files.unmerge import unmerge_checkpoint as unmerge_checkpoint
     from torchgraft.plugin.hookspecs import hookimpl as hookimpl
     from torchgraft.plugin.registry import Registry as Registry, registry as registry
-    from torchgraft.quantized_loading import load_quantized as load_quantized
 
 _HOMES = {
-    "adapter": "Adapter Count activate adapters",
     "adapter_files.peft_lora": "LowRankPeft",
-    "adapter_load": "load",
-    "attaching": "apply",
-    "checkpoint_merge": "MergeReport merge_checkpoint",
-    "checkpoint_unmerge": "unmerge_checkpoint",
     "errors": (
         "AttachError ConfigError ConformanceError FileFormatError MergeError PairingError PluginError SelectionError TorchgraftError "
         "TorchgraftWarning"
     ),
-    "exporting": "ExportReport export_adapter",
-    "graft": "SitePart",
+    "in_memory.adapter": "Adapter Count activate adapters",
+    "in_memory.apply": "apply",
+    "in_memory.load": "load",
+    "in_memory.load_quantized": "load_quantized",
+    "in_memory.param_groups": "scaled_param_groups",
+    "in_memory.parts": "SitePart",
+    "in_memory.per_sample": "per_sample",
     "kinds.kind": "Kind",
     "kinds.quantization": "Quantization",
     "kinds.quantizing": "quantized_linear",
@@ -69,11 +69,11 @@ _HOMES = {
     "method.method": "Method PeftFormat",
     "method.resize": "Resize",
     "method.site": "Site seed_of",
-    "param_groups": "scaled_param_groups",
-    "per_sample": "per_sample",
+    "on_files.export": "ExportReport export_adapter",
+    "on_files.merge": "MergeReport merge_checkpoint",
+    "on_files.unmerge": "unmerge_checkpoint",
     "plugin.hookspecs": "hookimpl",
     "plugin.registry": "Registry registry",
-    "quantized_loading": "load_quantized",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

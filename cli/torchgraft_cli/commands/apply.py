@@ -40,7 +40,7 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
             text = f"{layer.name}: its weight is also that of {', '.join(layer.tied)}: it can be trained, but not merged"
             warnings.warn(text, TorchgraftWarning, stacklevel=2)
     if not dry_run:
-        from torchgraft.checkpoint_apply import apply_to_checkpoint
+        from torchgraft.on_files.apply import apply_to_checkpoint
 
         apply_to_checkpoint(chosen.checkpoint, chosen.plan, chosen.hooks, chosen.config, chosen.configs, output, base=model, seed=seed)
     if as_json:

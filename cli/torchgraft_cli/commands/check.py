@@ -21,7 +21,7 @@ def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> N
 
     Where the two name the same layers differently, it says how the names were read.
     """
-    from torchgraft.checking import check as compare
+    from torchgraft.on_files.check import check as compare
 
     verdict = compare(model, adapter, parse_kinds(kinds))
     if as_json:

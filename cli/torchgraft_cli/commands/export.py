@@ -31,7 +31,7 @@ def export(
     With --to lora, AdaLoRA and the like are folded into plain LoRA factors with one lora_alpha. A method whose change is
     no LoRA is refused, unless --rank and --base ask for the nearest one; its error is then reported.
     """
-    from torchgraft.exporting import export_adapter
+    from torchgraft.on_files.export import export_adapter
     from torchgraft_cli.render import percent
 
     report = export_adapter(adapter, output, to, base=base, rank=rank, kinds=parse_kinds(kinds))

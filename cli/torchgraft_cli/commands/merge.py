@@ -11,7 +11,7 @@ from torchgraft_cli.main import echo_json, plain
 from torchgraft_cli.options import json_option, kind_option, parse_adapters, parse_kinds, parse_size
 
 if TYPE_CHECKING:
-    from torchgraft.checkpoint_merge import MergeReport
+    from torchgraft.on_files.merge import MergeReport
 
 
 @click.command(short_help="Merge adapters into a checkpoint.")
@@ -49,7 +49,7 @@ def merge(
 
     With factors, A=0.5 B=0.5, the changes are summed up: W + 0.5·ΔA + 0.5·ΔB.
     """
-    from torchgraft.checkpoint_merge import merge_checkpoint
+    from torchgraft.on_files.merge import merge_checkpoint
     from torchgraft_cli.render import byte_progress
 
     with byte_progress("merging", shown=not as_json and not dry_run) as progress:

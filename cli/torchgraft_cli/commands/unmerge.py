@@ -19,7 +19,7 @@ from torchgraft_cli.options import json_option
 @json_option
 def unmerge(merged: str, output: Path, base: str | None, as_json: bool) -> None:
     """Take what was merged last out of MERGED: every tensor and file has the hash of the original, or nothing is written."""
-    from torchgraft.checkpoint_unmerge import unmerge_checkpoint
+    from torchgraft.on_files.unmerge import unmerge_checkpoint
     from torchgraft_cli.render import byte_progress
 
     with byte_progress("unmerging", shown=not as_json) as progress:

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torchgraft.adapter import Adapter
 from torchgraft.arithmetic.precision import widened
+from torchgraft.in_memory.adapter import Adapter
 from torchgraft.testing.cases import Case, part_of
 from torchgraft.testing.checks import check
 from torchgraft.testing.compare import claimed, close, require

@@ -13,10 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from torchgraft import attaching
-from torchgraft.adapter import Adapter
 from torchgraft.errors import ConfigError, TorchgraftError, TorchgraftWarning, near
-from torchgraft.graft import SitePart
+from torchgraft.in_memory.adapter import Adapter
+from torchgraft.in_memory.apply import apply
+from torchgraft.in_memory.parts import SitePart
 from torchgraft.kinds.kind import Kind, kind_of
 from torchgraft.layers.plan import plan, site_of
 from torchgraft.method.config import Config, parse_config
@@ -109,7 +109,7 @@ class Case:
         except TorchgraftError as error:
             raise SkippedError(f"refused by the method: {error}") from None
         try:
-            return attaching.apply(model, self.name, list(targets), name=name, seed=seed, **{**self.options, **options})
+            return apply(model, self.name, list(targets), name=name, seed=seed, **{**self.options, **options})
         except ConfigError as error:
             raise SkippedError(f"refused by the method: {error}") from None
 

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from torchgraft.adapter import Adapter, activate, adapters
-from torchgraft.adapter_load import load
+from torchgraft.in_memory.adapter import Adapter, activate, adapters
+from torchgraft.in_memory.load import load
 from torchgraft.testing.cases import Case, part_of, perturb_
 from torchgraft.testing.checks import FLOATS, check
 from torchgraft.testing.compare import close, require, same_bits, snapshot, unchanged

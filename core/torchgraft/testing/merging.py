@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor, nn
 
-from torchgraft.checkpoint_merge import merge_checkpoint
-from torchgraft.checkpoint_unmerge import unmerge_checkpoint
+from torchgraft.on_files.merge import merge_checkpoint
+from torchgraft.on_files.unmerge import unmerge_checkpoint
 from torchgraft.testing.arithmetic import check_inverse
 from torchgraft.testing.cases import LAYER, Case, backward, part_of
 from torchgraft.testing.checks import FLOATS, check

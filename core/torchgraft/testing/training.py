@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from torchgraft.adapter import Adapter
+from torchgraft.in_memory.adapter import Adapter
 from torchgraft.testing.cases import Case, Model, backward, perturb_, weighted
 from torchgraft.testing.checks import FLOATS, check
 from torchgraft.testing.compare import claimed, close, finite, require, snapshot, unchanged

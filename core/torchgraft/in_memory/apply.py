@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft import fused, graft
-from torchgraft.adapter import Adapter, adapters, attached_to
 from torchgraft.errors import AttachError, PluginError
-from torchgraft.graft import Form, SitePart, TrainedCopy
+from torchgraft.in_memory import fast_paths, graft
+from torchgraft.in_memory.adapter import Adapter, adapters, attached_to
+from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts_of
 from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import kind_of
 from torchgraft.layers.layer import Layer, is_inside
@@ -87,13 +87,13 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         if form is not None:
             forms[layer.name] = form
     _share(adapter)
-    in_attention = fused.modules_in_attention(model)
+    in_attention = fast_paths.modules_in_attention(model)
     whole: dict[nn.Module, str] = {}
     for trained in _runnable(model, base.trained):
         whole.setdefault(model.get_submodule(trained), trained)  # one module under two names is one
     for module, trained in whole.items():
         graft.check_can_attach(name, trained, module)
-        fused.check_forward_runs(trained, module, in_attention)
+        fast_paths.check_forward_runs(trained, module, in_attention)
         _check_trainable(trained, module)
         adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
     _check_clashes(adapter)
@@ -103,9 +103,9 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
     if not attached.adapters:
         attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.requires_grad_(False)
-        attached.nested = fused.stop_nesting(model)
+        attached.nested = fast_paths.stop_nesting(model)
         attached.repacking = quantized.stop_repacking(model)
-    in_fused_layers = fused.modules_in_fused_layers(model)
+    in_fused_layers = fast_paths.modules_in_fused_layers(model)
     for module, part in adapter.by_module().values():
         graft.attach(module, name, part, needs_hook=module in in_fused_layers)
     attached.adapters[name] = adapter
@@ -141,7 +141,7 @@ def _check_clashes(adapter: Adapter) -> None:
 def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tuple[SitePart, Form | None]:
     """The part for one site; and what its module is to become first, if the method asks for that."""
     module = adapter.model.get_submodule(layer.name)
-    site = replace(site_of(layer, module), beneath=graft.Stack(module))
+    site = replace(site_of(layer, module), beneath=Stack(module))
     layer_instead = adapter.hooks.prepare(site, config)
     if layer_instead is not None:
         site = _replaced(layer, module, layer_instead)
@@ -161,7 +161,7 @@ def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tu
 
 def _replaced(layer: Layer, module: nn.Module, instead: nn.Module) -> Site:
     """The site as it will be when `module` has become `instead`."""
-    if graft.parts_of(module):
+    if parts_of(module):
         raise AttachError(f"{layer.name}: other adapters were made for its weight as it is; detach them, or prepare the layer first")
     if layer.tied:
         raise AttachError(f"{layer.name}: its weight is also that of {', '.join(layer.tied)}, and would no longer be; exclude one of them")

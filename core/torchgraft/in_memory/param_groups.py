@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torchgraft.method.method import Role
 
 if TYPE_CHECKING:
-    from torchgraft.adapter import Adapter
+    from torchgraft.in_memory.adapter import Adapter
 
 
 def scaled_param_groups(adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:

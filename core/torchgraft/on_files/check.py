@@ -9,7 +9,7 @@ from pathlib import Path
 from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.errors import TorchgraftError
-from torchgraft.merge_record import merged_already
+from torchgraft.on_files.merge_record import merged_already
 from torchgraft.pairing.base import Base, base_of_checkpoint
 from torchgraft.pairing.matching import pair
 from torchgraft.pairing.pairing import Pairing

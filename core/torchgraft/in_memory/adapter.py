@@ -7,26 +7,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchgraft import graft, module_merge
+from torchgraft.adapter_files.writing import Contents, also_saved, write
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
-from torchgraft.graft import Part, SitePart, TrainedCopy
+from torchgraft.in_memory import graft, merge
+from torchgraft.in_memory.optimizers import check_groups, make_optimizer
+from torchgraft.in_memory.parts import Part, SitePart, TrainedCopy
+from torchgraft.in_memory.resize import check_change, check_resizable, resize_
+from torchgraft.in_memory.save import quantized_beside, saved_site
 from torchgraft.kinds import quantized
 from torchgraft.layers.layer import Layer
-from torchgraft.layers.of_module import layers_of_module, sharing_bias
+from torchgraft.layers.of_module import layers_of_module, named_base_modules, own_state, sharing_bias
 from torchgraft.layers.plan import Plan
 from torchgraft.method.config import Config
 from torchgraft.method.resize import Resize
 from torchgraft.method.site import Site
-from torchgraft.optimizers import check_groups, make_optimizer
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
-from torchgraft.resizing import check_change, check_resizable, resize_
 
 STATE = "_torchgraft"
 """The model's attribute that holds its adapters: a plain member, so that it is copied and pickled with the model."""
@@ -210,7 +213,7 @@ class Adapter:
         self._check_attached()
         if self.merged:
             raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
-        module_merge.check_switchable(self.name, self.by_module())
+        merge.check_switchable(self.name, self.by_module())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -239,7 +242,7 @@ class Adapter:
         graft.check_no_routes(self.model, "merged")
         self._check_stepped()
         tied = {layer.name: layer.tied for layer in self._layers()}
-        module_merge.merge(self.name, self.by_module(), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
+        merge.merge_parts(self.name, self.by_module(), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
 
     def unmerge(self, *, discard_edits: bool = False) -> None:
         """Give the base weights back, to the last bit, or change nothing.
@@ -253,7 +256,7 @@ class Adapter:
         """
         self._check_attached()
         graft.check_no_routes(self.model, "unmerged")
-        module_merge.unmerge(self.name, self.by_module(), discard_edits)
+        merge.unmerge_parts(self.name, self.by_module(), discard_edits)
 
     def detach(self, *, keep_merged: bool = False) -> None:
         """Take the adapter off; the model is as it was before `apply`. A merged one is unmerged first.
@@ -270,7 +273,7 @@ class Adapter:
         for module, part in self.by_module().values():
             graft.detach(module, self.name)
             if part.undo is not None:
-                module_merge.forget(module, part.undo)
+                merge.forget(module, part.undo)
                 part.undo = None
         attached = attached_to(self.model)
         del attached.adapters[self.name]
@@ -287,11 +290,24 @@ class Adapter:
         self._check_attached()
         graft.check_no_routes(self.model, "saved")
         self._check_stepped()
-        from torchgraft.in_memory.save import save
-
         if any(parameter.is_meta for parameter in self.parameters()):
             raise AttachError(f"the adapter {self.name!r} is on the meta device and has no values to save")
-        save(self, directory)
+        modules = [name for name, _ in named_base_modules(self.model)]
+        whole = self.plan.trained
+        contents = Contents(
+            method=registry().method(self.method),
+            config=self.config,
+            sites=[saved_site(part) for part in self.parts.values()],
+            trained={name: copy.module.state_dict() for name, copy in self.copies.items()},
+            also_train=whole,
+            also_saved={name: own_state(self.model.get_submodule(name)) for name in also_saved(whole, modules)},
+            modules=modules,
+            base=getattr(getattr(self.model, "config", None), "_name_or_path", None) or None,
+            state=self.state,
+            shared=next((part.shared.digests() for part in self.parts.values() if part.shared is not None), {}),
+            quantized=quantized_beside(self.model, self.parts),
+        )
+        write(contents, Path(directory))
 
     def _check_attached(self) -> None:
         if adapters(self.model).get(self.name) is not self:

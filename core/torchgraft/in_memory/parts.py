@@ -1,31 +1,23 @@
-"""Attaching to a layer, by giving the module object a subclass of its own class.
-
-The object, its name, its parameters and `isinstance` stay as they were. The adapters are children of the module, under
-`adapters`, so that `state_dict`, `.to()`, FSDP and `deepcopy` find them. torch's FSDP2 swaps classes in the same way.
-"""
+"""The parts of an adapter: what it adds to one module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchgraft.arithmetic.exact import Correction
 from torchgraft.arithmetic.precision import exactly, widened
-from torchgraft.errors import AttachError, PluginError
-from torchgraft.kinds.kind import CARRIER, CHILD
+from torchgraft.errors import PluginError
+from torchgraft.kinds.kind import CHILD, carries_adapters
 from torchgraft.method.config import Config
 from torchgraft.method.site import Site
 from torchgraft.plugin.registry import registry
 from torchgraft.plugin.shared_tensors import SharedTensors
-
-if TYPE_CHECKING:
-    from torchgraft.per_sample import Routes
 
 
 class Part(nn.Module):
@@ -69,7 +61,7 @@ class Stack:
     def names(self) -> list[str]:
         """Of the adapters."""
         found = self._parts()
-        return [name for name, part in _container(self.module).items() if part in found] if found else []
+        return [name for name, part in container_of(self.module).items() if part in found] if found else []
 
     def tensors(self) -> list[Tensor]:
         return [tensor for part in self._parts() for tensor in part.params().values()]
@@ -154,91 +146,6 @@ class TrainedCopy(Part):
         return self.module(*args, **kwargs)
 
 
-class Grafted(nn.Module):
-    """Mixed into the class of a module that carries adapters."""
-
-    _graft_routes: Routes | None = None
-    """Set where each sample of a batch has an adapter of its own."""
-    adapters: nn.ModuleDict
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        layer: Callable[..., Any] = super().forward
-        if self._graft_routes is not None:
-            return self._graft_routes.forward(layer, self, *args, **kwargs)
-        for part in parts_of(self):
-            if part.runs:
-                layer = partial(part.adapted, layer)
-        return layer(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made here and has no importable name: rebuild it from the one that has.
-        _, arguments, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        if rest and isinstance(rest[0], dict):  # a copy is not in the block that sends samples their ways
-            rest[0] = {key: value for key, value in rest[0].items() if key != "_graft_routes"}
-        return (_rebuild, (base_class(self), *arguments[1:]), *rest)
-
-
-setattr(Grafted, CARRIER, True)
-
-_classes: dict[type, type[nn.Module]] = {}
-
-
-def _grafted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """One class for each base, so that equal modules stay of equal type."""
-    if base not in _classes:
-        _classes[base] = type(f"Grafted{base.__name__}", (Grafted, base), {"__module__": base.__module__})
-    return _classes[base]
-
-
-def _rebuild(base: type[nn.Module], *arguments: Any) -> nn.Module:
-    cls = _grafted_class(base)
-    return cls.__new__(cls, *arguments)
-
-
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that `module` had before anything was attached."""
-    cls = type(module)
-    return cls.__mro__[2] if isinstance(module, Grafted) else cls
-
-
-def attach(module: nn.Module, name: str, part: Part, *, needs_hook: bool = False) -> None:
-    """Put `part` on `module` under the adapter's name; it runs after those that are there.
-
-    Args:
-        needs_hook: add a hook that does nothing, for a module that `fused.modules_in_fused_layers` found.
-    """
-    if not isinstance(module, Grafted):
-        module.__class__ = _grafted_class(type(module))
-        module.add_module(CHILD, nn.ModuleDict())
-        if needs_hook:
-            module.__dict__["_graft_hook"] = module.register_forward_pre_hook(_no_change)
-    part.train(module.training)
-    _container(module)[name] = part
-
-
-def detach(module: nn.Module, name: str) -> None:
-    """Take the adapter's part off; with the last one, the module gets its own class back."""
-    del _container(module)[name]
-    if not _container(module):
-        del module._modules[CHILD]
-        if "_graft_hook" in module.__dict__:
-            module.__dict__.pop("_graft_hook").remove()
-        module.__class__ = base_class(module)
-
-
-def check_no_routes(model: nn.Module, what: str) -> None:
-    """
-    Args:
-        what: "merged"
-
-    Raises:
-        AttachError: it is in a block of `per_sample`, which knows the adapters and weights that were there when it began, and in
-            which none lies beneath another.
-    """
-    if any(isinstance(module, Grafted) and module._graft_routes is not None for module in model.modules()):
-        raise AttachError(f"within per_sample no adapter can be {what}; leave the block first")
-
-
 def parts_of(module: nn.Module) -> list[Part]:
     """What sits on `module`, in the order in which it was attached."""
     return list(named_parts(module).values())
@@ -246,7 +153,7 @@ def parts_of(module: nn.Module) -> list[Part]:
 
 def named_parts(module: nn.Module) -> dict[str, Part]:
     """By the adapter's name, in the order in which they were attached."""
-    return cast(dict[str, Part], _container(module)._modules) if isinstance(module, Grafted) else {}
+    return cast(dict[str, Part], container_of(module)._modules) if carries_adapters(module) else {}
 
 
 @dataclass
@@ -259,62 +166,8 @@ class Form:
     buffers: dict[str, Tensor | None]
 
 
-def form_of(module: nn.Module) -> Form:
-    members = {key: value for key, value in module.__dict__.items() if key not in _MODULE_MEMBERS}
-    return Form(base_class(module), members, dict(module._parameters), dict(module._buffers))
-
-
-def become(module: nn.Module, form: Form) -> None:
-    """Give `module` another class and content. It stays the same object, with its hooks and adapters."""
-    for key in form_of(module).members:
-        del module.__dict__[key]
-    module.__dict__.update(form.members)
-    for own, new in ((module._parameters, form.parameters), (module._buffers, form.buffers)):
-        own.clear()
-        own.update(new)  # type: ignore[arg-type]
-    module.__class__ = _grafted_class(form.cls) if isinstance(module, Grafted) else form.cls
-
-
-_MODULE_MEMBERS = frozenset(nn.Module().__dict__) | {"_graft_hook", "_graft_routes"}
-"""The plain members that every module has."""
-
-
-def _container(module: nn.Module) -> nn.ModuleDict:
+def container_of(module: nn.Module) -> nn.ModuleDict:
     return cast(nn.ModuleDict, module._modules[CHILD])
-
-
-def strip(module: nn.Module) -> None:
-    """Take every adapter off `module` and what is in it."""
-    for child in list(module.modules()):
-        if isinstance(child, Grafted):
-            for name in list(_container(child)):
-                detach(child, name)
-
-
-def check_can_attach(name: str, layer: str, module: nn.Module) -> None:
-    """
-    Raises:
-        AttachError: the module carries an adapter of this name, or has a member in the way.
-    """
-    if isinstance(module, Grafted):
-        if name in _container(module):
-            raise AttachError(f"{layer}: there is an adapter {name!r} on it; detach it, or choose another name=…")
-        return
-    if hasattr(module, CHILD):
-        raise AttachError(f"{layer}: its class has a member called {CHILD!r}, where adapters would be kept")
-    try:
-        _grafted_class(type(module))
-    except TypeError as error:
-        raise AttachError(f"{layer}: a {type(module).__name__} cannot have a subclass, so it cannot carry adapters: {error}") from None
-
-
-def is_adapter_name(name: str) -> bool:
-    """Whether torch takes it as the name of a child: no dot, not empty, no member of nn.ModuleDict."""
-    return bool(name) and "." not in name and not hasattr(nn.ModuleDict, name) and name not in nn.ModuleDict().__dict__
-
-
-def _no_change(module: nn.Module, args: Any) -> None:
-    """A forward hook that is there only to be there."""
 
 
 @dataclass(frozen=True)
@@ -338,3 +191,10 @@ class Undo:
     """What was replaced: of a module that is trained whole, all; else a bias that was merged into."""
     fingerprint: str = ""
     """Of the weight before the merge."""
+
+
+class Router(Protocol):
+    """Sends each sample of a batch through an adapter of its own (`per_sample`)."""
+
+    def forward(self, layer: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of `module`, whose own forward is `layer`."""

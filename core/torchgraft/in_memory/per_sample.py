@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchgraft.adapter import adapters
 from torchgraft.errors import AttachError, near
-from torchgraft.graft import Grafted, Part, TrainedCopy, named_parts
+from torchgraft.in_memory.adapter import adapters
+from torchgraft.in_memory.graft import Grafted
+from torchgraft.in_memory.parts import Part, TrainedCopy, named_parts
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from torchgraft.adapter import Adapter
 from torchgraft.adapter_files.reading import read_adapter
-from torchgraft.attaching import attach
 from torchgraft.checkpoint import fingerprint
 from torchgraft.errors import TorchgraftWarning
+from torchgraft.in_memory.adapter import Adapter
+from torchgraft.in_memory.apply import attach
 from torchgraft.layers.plan import Plan
 from torchgraft.method.site import Site
 from torchgraft.pairing.base import base_of_module

@@ -17,13 +17,13 @@ from torchgraft.arithmetic.tensor_merge import TensorMerge
 from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.disk import Progress
 from torchgraft.hashes import as_bytes
-from torchgraft.merge_plan import Change, MergePlan
+from torchgraft.on_files.corrections_file import Corrections, UndoWriter
+from torchgraft.on_files.merge_plan import Change, MergePlan
 from torchgraft.pairing.pairing import PairedSite
 from torchgraft.pairing.tensors import AdapterTensors
 from torchgraft.rewriting.digests import digest_range
 from torchgraft.rewriting.file_tensors import FileBlocks, FileTensor, blocks_of, copy_bytes
 from torchgraft.rewriting.workers import Workers, opened, start_files
-from torchgraft.undo_record import Corrections, UndoWriter
 
 
 class MergeRun:

@@ -20,7 +20,7 @@ from torchgraft.hashes import sha256_of_file
 from torchgraft.kinds.kind import Kind
 from torchgraft.kinds.quantization import Quantization
 from torchgraft.layers.layer import HEAD
-from torchgraft.merge_record import refuse_merged
+from torchgraft.on_files.merge_record import refuse_merged
 from torchgraft.pairing.base import Base, base_of_checkpoint
 from torchgraft.pairing.matching import pair
 from torchgraft.pairing.other_weights import warn_of_other_weights

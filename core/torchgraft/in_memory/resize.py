@@ -13,7 +13,7 @@ from torchgraft.errors import AttachError
 from torchgraft.method.resize import Carry, Resize
 
 if TYPE_CHECKING:
-    from torchgraft.graft import SitePart
+    from torchgraft.in_memory.parts import SitePart
 
 
 POWERS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +14,17 @@ from torchgraft.arithmetic.layer_merge import Applied, changes_bias, check_no_bi
 from torchgraft.arithmetic.precision import replacement
 from torchgraft.arithmetic.tensor_merge import merge_tensor, unmerge_tensor
 from torchgraft.errors import MergeError
-from torchgraft.graft import Part, SitePart, TrainedCopy, Undo, become, form_of, parts_of
 from torchgraft.hashes import sha256_of_tensor
+from torchgraft.in_memory.graft import become, form_of
+from torchgraft.in_memory.parts import Part, SitePart, TrainedCopy, Undo, parts_of
 from torchgraft.kinds.quantizing import Dequantized
 from torchgraft.layers.of_module import own_state
-from torchgraft.method.site import fingerprint_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from torchgraft.method.site import Site
-
+from torchgraft.method.site import Site, fingerprint_of
 
 Parts = Mapping[str, tuple[nn.Module, Part]]
 
 
-def merge(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]], biases: Mapping[str, str]) -> None:
+def merge_parts(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]], biases: Mapping[str, str]) -> None:
     """Merge every part into its module, or none.
 
     Args:
@@ -50,7 +44,7 @@ def merge(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]], biase
     _all_or_nothing(parts, _merge_part, _restore)
 
 
-def unmerge(adapter: str, parts: Parts, discard_edits: bool) -> None:
+def unmerge_parts(adapter: str, parts: Parts, discard_edits: bool) -> None:
     """Give every module its original tensors, or change none."""
     for name, (module, part) in parts.items():
         if part.undo is None:
@@ -261,7 +255,7 @@ def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 def frozen_fingerprint(site: Site) -> str:
     """Of the weight as it was before any adapter was merged into it."""
-    from torchgraft.graft import parts_of
+    from torchgraft.in_memory.parts import parts_of
 
     parts = parts_of(site.module) if site.module is not None else []
     first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)

@@ -32,13 +32,13 @@ from torchgraft.disk import (
 )
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
-from torchgraft.merge_plan import MergePlan, Onto, plan_merge
-from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
+from torchgraft.on_files.merge_plan import MergePlan, Onto, plan_merge
+from torchgraft.on_files.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
 from torchgraft.rewriting.digests import digesting
 from torchgraft.version import __version__
 
 if TYPE_CHECKING:
-    from torchgraft.merge_run import MergeRun
+    from torchgraft.on_files.merge_run import MergeRun
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,12 @@ def merge_checkpoint(
             problem = space_problem(target, needed)
             return replace(report, notes=(*report.notes, *([f"it would be refused: {problem}"] if problem else [])))
         check_space(target, needed)
-        from torchgraft.merge_run import MergeRun
+        from torchgraft.on_files.merge_run import MergeRun
     return _carry_out(MergeRun(plan, digests), target, str(model), verify, undo, progress)
 
 
 def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool, progress: Progress) -> MergeReport:
-    from torchgraft.checkpoint_verify import SAID, verify_merge
+    from torchgraft.on_files.merge_verify import SAID, verify_merge
 
     plan = run.plan
     with new_directory(target) as directory:

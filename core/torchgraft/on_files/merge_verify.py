@@ -15,7 +15,7 @@ from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.errors import MergeError
 from torchgraft.kinds.kind import Kind
-from torchgraft.merge_run import MergeRun, jobs
+from torchgraft.on_files.merge_run import MergeRun, jobs
 from torchgraft.rewriting.file_tensors import FileTensor, lies_by_rows, read_exactly
 from torchgraft.rewriting.workers import Workers, opened
 

@@ -22,7 +22,8 @@ from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.kinds.kind import Kind
-from torchgraft.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
+from torchgraft.on_files.corrections_file import UndoReader
+from torchgraft.on_files.merge_record import ADAPTERS, BASE, CORRECTIONS, HEADERS, inside, read_record
 from torchgraft.pairing.base import base_of_checkpoint
 from torchgraft.pairing.matching import pair_as
 from torchgraft.pairing.pairing import PairedSite, Pairing
@@ -32,7 +33,6 @@ from torchgraft.plugin.registry import registry
 from torchgraft.rewriting.digests import digest_range
 from torchgraft.rewriting.file_tensors import FileTensor, blocks_of, copy_bytes
 from torchgraft.rewriting.workers import Workers, opened, start_files
-from torchgraft.undo_record import UndoReader
 
 
 @dataclass(frozen=True)

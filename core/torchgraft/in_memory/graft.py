@@ -1,0 +1,156 @@
+"""Attaching to a layer, by giving the module object a subclass of its own class.
+
+The object, its name, its parameters and `isinstance` stay as they were. The adapters are children of the module, under
+`adapters`, so that `state_dict`, `.to()`, FSDP and `deepcopy` find them. torch's FSDP2 swaps classes in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from torch import nn
+
+from torchgraft.errors import AttachError
+from torchgraft.in_memory.parts import Form, Part, Router, container_of, parts_of
+from torchgraft.kinds.kind import CARRIER, CHILD
+
+
+class Grafted(nn.Module):
+    """Mixed into the class of a module that carries adapters."""
+
+    _graft_routes: Router | None = None
+    """Set where each sample of a batch has an adapter of its own."""
+    adapters: nn.ModuleDict
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Callable[..., Any] = super().forward
+        if self._graft_routes is not None:
+            return self._graft_routes.forward(layer, self, *args, **kwargs)
+        for part in parts_of(self):
+            if part.runs:
+                layer = partial(part.adapted, layer)
+        return layer(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made here and has no importable name: rebuild it from the one that has.
+        _, arguments, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
+        if rest and isinstance(rest[0], dict):  # a copy is not in the block that sends samples their ways
+            rest[0] = {key: value for key, value in rest[0].items() if key != "_graft_routes"}
+        return (_rebuild, (base_class(self), *arguments[1:]), *rest)
+
+
+setattr(Grafted, CARRIER, True)
+
+_classes: dict[type, type[nn.Module]] = {}
+
+
+def _grafted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """One class for each base, so that equal modules stay of equal type."""
+    if base not in _classes:
+        _classes[base] = type(f"Grafted{base.__name__}", (Grafted, base), {"__module__": base.__module__})
+    return _classes[base]
+
+
+def _rebuild(base: type[nn.Module], *arguments: Any) -> nn.Module:
+    cls = _grafted_class(base)
+    return cls.__new__(cls, *arguments)
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that `module` had before anything was attached."""
+    cls = type(module)
+    return cls.__mro__[2] if isinstance(module, Grafted) else cls
+
+
+def attach(module: nn.Module, name: str, part: Part, *, needs_hook: bool = False) -> None:
+    """Put `part` on `module` under the adapter's name; it runs after those that are there.
+
+    Args:
+        needs_hook: add a hook that does nothing, for a module that `fast_paths.modules_in_fused_layers` found.
+    """
+    if not isinstance(module, Grafted):
+        module.__class__ = _grafted_class(type(module))
+        module.add_module(CHILD, nn.ModuleDict())
+        if needs_hook:
+            module.__dict__["_graft_hook"] = module.register_forward_pre_hook(_no_change)
+    part.train(module.training)
+    container_of(module)[name] = part
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Take the adapter's part off; with the last one, the module gets its own class back."""
+    del container_of(module)[name]
+    if not container_of(module):
+        del module._modules[CHILD]
+        if "_graft_hook" in module.__dict__:
+            module.__dict__.pop("_graft_hook").remove()
+        module.__class__ = base_class(module)
+
+
+def check_no_routes(model: nn.Module, what: str) -> None:
+    """
+    Args:
+        what: "merged"
+
+    Raises:
+        AttachError: it is in a block of `per_sample`, which knows the adapters and weights that were there when it began, and in
+            which none lies beneath another.
+    """
+    if any(isinstance(module, Grafted) and module._graft_routes is not None for module in model.modules()):
+        raise AttachError(f"within per_sample no adapter can be {what}; leave the block first")
+
+
+def form_of(module: nn.Module) -> Form:
+    members = {key: value for key, value in module.__dict__.items() if key not in _MODULE_MEMBERS}
+    return Form(base_class(module), members, dict(module._parameters), dict(module._buffers))
+
+
+def become(module: nn.Module, form: Form) -> None:
+    """Give `module` another class and content. It stays the same object, with its hooks and adapters."""
+    for key in form_of(module).members:
+        del module.__dict__[key]
+    module.__dict__.update(form.members)
+    for own, new in ((module._parameters, form.parameters), (module._buffers, form.buffers)):
+        own.clear()
+        own.update(new)  # type: ignore[arg-type]
+    module.__class__ = _grafted_class(form.cls) if isinstance(module, Grafted) else form.cls
+
+
+_MODULE_MEMBERS = frozenset(nn.Module().__dict__) | {"_graft_hook", "_graft_routes"}
+"""The plain members that every module has."""
+
+
+def strip(module: nn.Module) -> None:
+    """Take every adapter off `module` and what is in it."""
+    for child in list(module.modules()):
+        if isinstance(child, Grafted):
+            for name in list(container_of(child)):
+                detach(child, name)
+
+
+def check_can_attach(name: str, layer: str, module: nn.Module) -> None:
+    """
+    Raises:
+        AttachError: the module carries an adapter of this name, or has a member in the way.
+    """
+    if isinstance(module, Grafted):
+        if name in container_of(module):
+            raise AttachError(f"{layer}: there is an adapter {name!r} on it; detach it, or choose another name=…")
+        return
+    if hasattr(module, CHILD):
+        raise AttachError(f"{layer}: its class has a member called {CHILD!r}, where adapters would be kept")
+    try:
+        _grafted_class(type(module))
+    except TypeError as error:
+        raise AttachError(f"{layer}: a {type(module).__name__} cannot have a subclass, so it cannot carry adapters: {error}") from None
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether torch takes it as the name of a child: no dot, not empty, no member of nn.ModuleDict."""
+    return bool(name) and "." not in name and not hasattr(nn.ModuleDict, name) and name not in nn.ModuleDict().__dict__
+
+
+def _no_change(module: nn.Module, args: Any) -> None:
+    """A forward hook that is there only to be there."""
