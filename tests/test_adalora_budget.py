@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import torchgraft as tg
 from models import Plain, perturb_
 from test_adalora import MEANS, OPTIMIZERS, SQUARES
-from torchgraft_plugins.adalora_budget import budget
-from torchgraft_plugins.adalora_config import AdaloraConfig
+from torchgraft_plugins.adalora.budget import budget
+from torchgraft_plugins.adalora.config import AdaloraConfig
 
 TOKENS = torch.arange(44).reshape(4, 11) * 7 % 11
 BUDGET: dict[str, Any] = {"allocator": "budget", "rank": 4, "total_steps": 20}

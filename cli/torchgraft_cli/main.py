@@ -17,6 +17,7 @@ import click
 
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
 from torchgraft.version import __version__
+from torchgraft_cli.output import plain
 from torchgraft_cli.plugin_commands import plugin_commands
 
 COMMANDS = ("inspect", "plugins", "apply", "check", "merge", "unmerge", "export")
@@ -128,14 +129,3 @@ def _show_warning(
 ) -> None:
     if issubclass(category, TorchgraftWarning):
         click.echo(f"warning: {plain(str(message))}", err=True)
-
-
-def plain(text: str) -> str:
-    """In one line, and without what a terminal would obey: names in files can be anything."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in " ".join(text.split()))
-
-
-def echo_json(document: Any) -> None:
-    import json
-
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))

@@ -16,7 +16,6 @@ from torchgraft.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchgraft.checkpoint.reading import Checkpoint
-    from torchgraft.layers.layer import Layer
     from torchgraft.layers.plan import Plan
     from torchgraft.method.config import Config
     from torchgraft.plugin.method_hooks import MethodHooks
@@ -183,38 +182,3 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise ConfigError(f"{text!r} is not a size; write it like 5GB or 500MB")
     return size
-
-
-def layer_document(layer: Layer) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "kind": layer.kind,
-        "role": layer.role,
-        "shape": list(layer.shape),
-        "dtype": layer.dtype,
-        "params": layer.params,
-    }
-
-
-def selection_document(chosen: Chosen) -> dict[str, Any]:
-    """The JSON of a model with a selection on it."""
-    from torchgraft.layers.plan import trainable_params
-
-    trainable, total = trainable_params(chosen.plan, chosen.hooks, chosen.configs), chosen.plan.total_params
-    return {
-        **model_document(chosen.plan.layers),
-        "matched": len(chosen.plan.sites),
-        "patterns": chosen.plan.patterns,
-        "sites": [layer.name for layer in chosen.plan.sites],
-        "also_train": list(chosen.plan.trained),
-        "trainable_params": trainable,
-        "trainable_percent": 100 * trainable / total if total else 0.0,
-    }
-
-
-def model_document(layers: tuple[Layer, ...]) -> dict[str, Any]:
-    return {
-        "total_params": sum(layer.params for layer in layers),
-        "total_bytes": sum(layer.bytes for layer in layers),
-        "modules": [layer_document(layer) for layer in layers],
-    }

@@ -8,7 +8,7 @@ from typing import Any
 from torchgraft.plugin.info import PluginInfo
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
-from torchgraft_cli.main import plain
+from torchgraft_cli.output import plain
 
 PROVIDED = {"adapter_method": "a method", "layer_kind": "a kind of layer", "register_commands": "commands of adapt"}
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from torchgraft_cli.main import echo_json
-from torchgraft_cli.options import choose, json_option, selection_document, selection_options
+from torchgraft_cli.documents import selection_document
+from torchgraft_cli.options import choose, json_option, selection_options
+from torchgraft_cli.output import echo_json
 
 
 @click.command(short_help="Make a new adapter for a model.")
@@ -46,7 +47,7 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
     if as_json:
         echo_json({**selection_document(chosen), "method": plugin, "output": None if dry_run else str(output)})
         return
-    from torchgraft_cli.commands.inspect import show_selection
+    from torchgraft_cli.show import show_selection
 
     show_selection(chosen, tree=dry_run)
     click.echo(f"nothing was written (--dry-run); without it: {output}" if dry_run else f"wrote {output}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from torchgraft_cli.main import echo_json, plain
 from torchgraft_cli.options import json_option, kind_option, parse_kinds
+from torchgraft_cli.output import echo_json, plain
 
 
 @click.command(short_help="Tell whether an adapter fits a model.")

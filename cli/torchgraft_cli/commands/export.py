@@ -7,8 +7,8 @@ from typing import Literal
 
 import click
 
-from torchgraft_cli.main import echo_json
 from torchgraft_cli.options import json_option, kind_option, parse_kinds
+from torchgraft_cli.output import echo_json
 
 
 @click.command(short_help="Write an adapter for other tools.")

@@ -6,28 +6,14 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from torchgraft_cli.main import echo_json
-from torchgraft_cli.options import (
-    DEFAULT_PLUGIN,
-    Chosen,
-    choose,
-    json_option,
-    model_document,
-    parse_kinds,
-    selection_document,
-    selection_options,
-)
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from torchgraft.layers.training_memory import Memory
-
+from torchgraft_cli.documents import memory_document, model_document, selection_document
+from torchgraft_cli.options import DEFAULT_PLUGIN, Chosen, choose, json_option, parse_kinds, selection_options
+from torchgraft_cli.output import echo_json
+from torchgraft_cli.show import memory_of, show_memory, show_selection
 
 INDENTED = 10_000
 """Modules. A longer document is read by programs, and Python writes it five times as fast in one line."""
@@ -54,7 +40,7 @@ def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, *
 
 def _inspect_selection(chosen: Chosen, depth: int | None, as_json: bool) -> None:
     if as_json:
-        _echo({**selection_document(chosen), "memory": {name: memory_document(of) for name, of in _memory(chosen).items()}})
+        _echo({**selection_document(chosen), "memory": {name: memory_document(of) for name, of in memory_of(chosen).items()}})
     else:
         show_selection(chosen, depth)
         show_memory(chosen)
@@ -93,44 +79,3 @@ def _collector_off() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def show_memory(chosen: Chosen, out: Console | None = None) -> None:
-    """What training takes with each method on the same layers; on stdout, or on `out`."""
-    from torchgraft_cli.render import console, memory_table
-
-    out = out or console()
-    out.print("\nmemory that training takes (Adam; activations come on top):")
-    out.print(memory_table(_memory(chosen), chosen.hooks.method.name))
-
-
-def memory_document(memory: Memory) -> dict[str, int]:
-    """The JSON of an estimate, in bytes."""
-    return {key: getattr(memory, key) for key in ("trainable", "weights", "adapter", "gradients", "optimizer", "total")}
-
-
-def _memory(chosen: Chosen) -> dict[str, Memory]:
-    from torchgraft.layers.training_memory import full_memory, memory_of_methods
-
-    return {"full": full_memory(chosen.plan), **memory_of_methods(chosen.plan, chosen.hooks, chosen.configs, chosen.settings)}
-
-
-def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = True, out: Console | None = None) -> None:
-    """The tree with what is selected in it, and the sums; on stdout, or on `out`."""
-    from torchgraft.layers.plan import site_params
-    from torchgraft_cli.render import console, model_table, percent
-    from torchgraft_cli.tree import rows
-
-    name, found = chosen.hooks.method.name, chosen.plan
-    trained = {layer.name: site_params(layer, chosen.hooks, chosen.configs[layer.name]) for layer in found.sites}
-    out = out or console()
-    if tree:
-        out.print(model_table(rows(found.layers, trained, depth), found.total_params, out, name), crop=False)
-        out.print()
-    own, dense = sum(trained.values()), sum(prod(layer.shape) for layer in found.sites)
-    counts = ", ".join(f"{pattern} {count}" for pattern, count in found.patterns.items())
-    out.print(f"{len(found.sites)} of {len(found.layers)} modules selected: {counts}")
-    share = f"{percent(own, dense)} of the {dense:,} in the selected layers, " if dense else ""
-    out.print(f"{name} trains {own:,} numbers: {share}{percent(own, found.total_params)} of the model's {found.total_params:,}")
-    if found.trained:
-        out.print(f"trained whole beside it: {', '.join(found.trained)}, {found.trained_params:,} numbers")

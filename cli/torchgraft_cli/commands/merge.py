@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchgraft_cli.main import echo_json, plain
 from torchgraft_cli.options import json_option, kind_option, parse_adapters, parse_kinds, parse_size
+from torchgraft_cli.output import echo_json, plain
 
 if TYPE_CHECKING:
     from torchgraft.on_files.merge import MergeReport

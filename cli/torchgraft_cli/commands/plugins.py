@@ -8,8 +8,8 @@ from shlex import quote
 
 import click
 
-from torchgraft_cli.main import echo_json, plain
 from torchgraft_cli.options import json_option, parse_settings
+from torchgraft_cli.output import echo_json, plain
 
 
 @click.group()

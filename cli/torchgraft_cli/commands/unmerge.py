@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from torchgraft_cli.main import echo_json
 from torchgraft_cli.options import json_option
+from torchgraft_cli.output import echo_json
 
 
 @click.command(short_help="Take merged adapters out again.")

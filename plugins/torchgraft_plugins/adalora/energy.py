@@ -10,7 +10,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torchgraft as tg
-from torchgraft_plugins.adalora_moments import carry_rows, note
+from torchgraft_plugins.adalora.moments import carry_rows, note
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,8 +21,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torchgraft as tg
-from torchgraft_plugins.adalora_config import AdaloraConfig
-from torchgraft_plugins.adalora_moments import HISTORY, carry_rows, note
+from torchgraft_plugins.adalora.config import AdaloraConfig
+from torchgraft_plugins.adalora.moments import HISTORY, carry_rows, note
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torchgraft as tg
-from torchgraft_plugins.adalora_config import AdaloraConfig
+from torchgraft_plugins.adalora.config import AdaloraConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torchgraft as tg
 from torchgraft import hookimpl
-from torchgraft_plugins.adalora_budget import budget_step
-from torchgraft_plugins.adalora_config import AdaloraConfig
-from torchgraft_plugins.adalora_energy import energy_step
-from torchgraft_plugins.adalora_peft import AdaloraPeft
+from torchgraft_plugins.adalora.budget import budget_step
+from torchgraft_plugins.adalora.config import AdaloraConfig
+from torchgraft_plugins.adalora.energy import energy_step
+from torchgraft_plugins.adalora.peft import AdaloraPeft
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
