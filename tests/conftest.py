@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,10 @@ settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # a new example is found at a desk, not when landing
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
-from installed import Installed  # noqa: E402  (transformers reads the environment when it is imported)
+from command import Result  # noqa: E402  (transformers reads the environment when it is imported)
+from installed import Installed  # noqa: E402
 from tiny_methods import OnLinears, Spoiled, registered  # noqa: E402
 from torchgraft_cli.main import main  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_adapter import assert_same_bits, bits, dense, output, plain, put
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchgraft as tg
-from test_adapter import assert_same_bits, bits, dense, output, plain, put
 
 
 class Shift:

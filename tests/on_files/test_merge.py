@@ -20,6 +20,7 @@ from torch import Tensor
 
 import models
 import torchgraft as tg
+from references import tree
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftError
 from torchgraft.rewriting import file_tensors
 
@@ -125,11 +126,6 @@ def assert_rounded_once(found: Tensor, expected: Tensor) -> None:
     steps = (found.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
     assert steps.max() <= 1
     assert (steps > 0).sum() <= max(1, found.numel() // 100)
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file and directory below `folder`, hidden ones too."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def raw(tensor: Tensor) -> Tensor:

@@ -13,17 +13,17 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_dora import adapted, weight_with
+from test_lora import DTYPES, TOKENS, as_stored, input_of, plain
+from test_lora_init import canonical
+from test_merge import own_dtype
+from test_pairing import edit_tensors
+from test_peft_format import CLOSE, CONVOLUTIONS, FILES, GROUPED, alone, build, image_for, peft_reads, peft_trains, pytestmark, run
 from torch import Tensor, nn
 
 import models
 import torchgraft as tg
-from test_checkpoint_merge import tree
-from test_dora import adapted, weight_with
-from test_lora import DTYPES, TOKENS, as_stored, input_of, plain
-from test_lora_init import canonical
-from test_merge_exact import own_dtype
-from test_pairing import edit_tensors
-from test_peft_format import CLOSE, CONVOLUTIONS, FILES, GROUPED, alone, build, image_for, peft_reads, peft_trains, pytestmark, run
+from references import tree
 from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.pairing.base import base_of_module
 from torchgraft.pairing.matching import pair

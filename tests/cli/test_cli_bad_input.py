@@ -17,19 +17,12 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 
-from conftest import Result
+from command import Result
+from references import tree
 
 Adapt = Callable[..., Result]
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 SHAPES = {f"model.layers.{i}.self_attn.{name}.weight": (rows, 6) for i in (0, 1) for name, rows in (("q_proj", 6), ("v_proj", 3))}
-
-
-def tree(folder: Path) -> dict[str, object]:
-    """Every file, directory and link below `folder`, hidden ones too."""
-    return {
-        path.relative_to(folder).as_posix(): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from test_dora import adapted, leaves, move_, norms_counted, turned, weight_with
+from test_lora import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, input_of, plain
+from test_lora_init import canonical, output
+from test_merge import all_bits, assert_same_bits, bits, own_dtype, refused
 from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
-from test_dora import adapted, leaves, move_, norms_counted, turned, weight_with
-from test_lora import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, input_of, plain
-from test_lora_init import canonical, output
-from test_merge_exact import all_bits, assert_same_bits, bits, own_dtype, refused
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
+from test_lora import DTYPES, LAYERS, PLAIN_SITES, SCALE, TOKENS, adapted, as_stored, assert_near, input_of, plain, plain_model, reference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import torchgraft as tg
 from models import Plain, perturb_
-from test_lora import DTYPES, LAYERS, PLAIN_SITES, SCALE, TOKENS, adapted, as_stored, assert_near, input_of, plain, plain_model, reference
 from torchgraft.arithmetic.exact import BITS, correct, make_correction, restore
 from torchgraft.hashes import sha256_of_tensor
 

@@ -17,7 +17,7 @@ from docs_blocks import blocks_of, matches, run_page
 from torchgraft.plugin import hookspecs
 from torchgraft_cli.main import adapt
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if page.relative_to(DOCS).parts[0] not in ("benchmarks", "examples", "_build"))
 BY_NAME = {page.relative_to(DOCS).as_posix(): page for page in PAGES}

@@ -17,12 +17,12 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from test_peft_format import peft_trains, pytestmark
 from torch import Tensor, nn
 
 import models
 import torchgraft as tg
-from test_checkpoint_merge import tree
-from test_peft_format import peft_trains, pytestmark
+from references import tree
 
 __all__ = ["pytestmark"]  # the warnings of PEFT's own that are ignored here, too
 

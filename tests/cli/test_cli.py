@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import models
-from conftest import Result
+from command import Result
 from torchgraft.method.config import LowRankConfig
 
 Adapt = Callable[..., Result]

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import example, given, strategies as st
+from test_lora import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, TOKENS, Pair, as_stored, assert_near, dense, input_of, plain
+from test_lora_init import canonical, output
+from test_merge import bits, own_dtype
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchgraft as tg
 from models import Plain, perturb_
-from test_lora import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, TOKENS, Pair, as_stored, assert_near, dense, input_of, plain
-from test_lora_init import canonical, output
-from test_merge_exact import bits, own_dtype
 from torchgraft_plugins import dora
 
 NOT_EMBEDDINGS = [layer for layer in LAYERS if not layer.startswith("embedding")]

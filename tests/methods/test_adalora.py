@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from test_lora import LAYERS, TOKENS, as_stored, assert_near, dense, input_of, plain, plain_model
 from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
-from test_lora import LAYERS, TOKENS, as_stored, assert_near, dense, input_of, plain, plain_model
 
 RANK, ALPHA = 3, 5.0
 SCALE = ALPHA / RANK

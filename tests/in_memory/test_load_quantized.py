@@ -15,11 +15,11 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from test_qlora import EXACT, TOKENS, WAYS, by_hand, contents, error, logits, same
 from torch import Tensor, nn
 
 import torchgraft as tg
 from models import GROUPED, SPECIAL, build, perturb_
-from test_qlora import EXACT, TOKENS, WAYS, by_hand, contents, error, logits, same
 
 
 def llama(directory: Path, **options: Any) -> Path:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 
 import torchgraft as tg
-from conftest import Result
+from command import Result
 from models import GROUPED, SPECIAL, perturb_
 from torchgraft.on_files.export import nearest_lora
 

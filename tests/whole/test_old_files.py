@@ -15,7 +15,7 @@ from torch import nn
 import torchgraft as tg
 from fixtures.make import MERGES, OPTIONS, digest
 
-OLD = Path(__file__).parent / "fixtures" / "0.1.0"
+OLD = Path(__file__).parents[1] / "fixtures" / "0.1.0"
 SUMS: dict[str, dict[str, dict[str, str]]] = json.loads((OLD / "sums.json").read_text())
 ADAPTERS = (*OPTIONS, "head", "peft")
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import torchgraft as tg
-from conftest import Result
+from command import Result
 from models import Plain, perturb_
 from torchgraft.in_memory.adapter import Count
 from torchgraft.plugin.registry import registry

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import torchgraft as tg
-from conftest import Result
+from command import Result
 from installed import METHOD, Installed
 
 pytestmark = pytest.mark.filterwarnings("default::torchgraft.TorchgraftWarning")  # the command shows them

@@ -284,7 +284,7 @@ def test_nothing_is_left_behind(linears: str) -> None:
 
 def test_docs_say_of_every_check_what_it_proves() -> None:
     rows = [f"| `{name}` | {' '.join(str(check.function.__doc__).split())} |" for name, check in tg.testing.CHECKS.items()]
-    text = (Path(__file__).parents[1] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text(encoding="utf-8")
     assert [line for line in text.splitlines() if line.startswith("| `")] == rows
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import torchgraft as tg
-from conftest import Result
+from command import Result
 from torchgraft.layers.training_memory import adapter_memory, full_memory, memory_of_methods
 
 Adapt = Callable[..., Result]

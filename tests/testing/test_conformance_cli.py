@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import torchgraft as tg
-from conftest import Result
+from command import Result
 
 Adapt = Callable[..., Result]
 NOTHING = "no core check ran, so nothing is proven"

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_lora import DTYPES, TOKENS, as_stored, dense, input_of, plain
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import torchgraft as tg
 from models import Plain, perturb_
-from test_lora import DTYPES, TOKENS, as_stored, dense, input_of, plain
 
 HARMLESS = ("kaiming", "gaussian", "orthogonal", "swapped", "pissa")
 KINDS = ("linear", "linear-square", "hf-conv1d", "hf-conv1d-square", "embedding", "conv1d-groups", "conv2d-depthwise", "conv3d-plain")

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from test_merge_options import Small, make_adapter, tree, write_model
 
 import torchgraft as tg
-from test_merge_options import Small, make_adapter, tree, write_model
 from torchgraft.errors import FileFormatError, MergeError
 
 

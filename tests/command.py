@@ -1,0 +1,16 @@
+"""What the fixture `adapt` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Adapt = Callable[..., Result]
