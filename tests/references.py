@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchgraft as tg
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Size of an entry in bytes → an integer dtype of that size."""
 
 
 def tree(folder: Path) -> dict[str, object]:
@@ -11,3 +22,33 @@ def tree(folder: Path) -> dict[str, object]:
         path.relative_to(folder).as_posix(): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(BITS[tensor.element_size()]).clone()
+
+
+def all_bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
+    now = all_bits(model)
+    assert [name for name in before if not torch.equal(now[name], before[name])] == []
+
+
+def refused(action: Callable[[], Any], model: nn.Module, match: str, *errors: type[Exception]) -> None:
+    """`action` raises, and no tensor of the model, base or adapter, is changed."""
+    before = all_bits(model)
+    with pytest.raises(errors or tg.MergeError, match=match):
+        action()
+    assert_same_bits(model, before)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def assert_same_state(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert list(one) == list(other)
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []

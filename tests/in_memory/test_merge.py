@@ -14,31 +14,29 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
-from test_lora import DTYPES, LAYERS, PLAIN_SITES, SCALE, TOKENS, adapted, as_stored, assert_near, input_of, plain, plain_model, reference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import torchgraft as tg
 from models import Plain, perturb_
-from torchgraft.arithmetic.exact import BITS, correct, make_correction, restore
+from one_layer import (
+    DTYPES,
+    LAYERS,
+    PLAIN_SITES,
+    SCALE,
+    TOKENS,
+    adapted,
+    as_stored,
+    assert_near,
+    input_of,
+    own_dtype,
+    plain,
+    plain_model,
+    reference,
+)
+from references import all_bits, assert_same_bits, bits, refused
+from torchgraft.arithmetic.exact import correct, make_correction, restore
 from torchgraft.hashes import sha256_of_tensor
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(BITS[tensor.element_size()]).clone()
-
-
-def all_bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: bits(tensor) for name, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
-    now = all_bits(model)
-    assert [name for name in before if not torch.equal(now[name], before[name])] == []
-
-
-def own_dtype(dtype: str) -> str:
-    return "float64" if dtype == "float64" else "float32"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,14 +75,6 @@ def test_merging_and_unmerging_over_and_over_changes_no_bit(layer: str, dtype: s
         adapter.unmerge()
         assert len(correction.step) < changed.sum(), "what arithmetic restores is not kept"
         assert torch.equal(bits(weight), before), f"cycle {cycle}"
-
-
-def refused(action: Callable[[], Any], model: nn.Module, match: str, *errors: type[Exception]) -> None:
-    """`action` raises, and no tensor of the model, base or adapter, is changed."""
-    before = all_bits(model)
-    with pytest.raises(errors or tg.MergeError, match=match):
-        action()
-    assert_same_bits(model, before)
 
 
 def test_merging_twice_and_unmerging_what_is_not_merged_are_refused() -> None:

@@ -3,58 +3,42 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given, strategies as st
-from test_lora import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, TOKENS, Pair, as_stored, assert_near, dense, input_of, plain
-from test_lora_init import canonical, output
-from test_merge import bits, own_dtype
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchgraft as tg
+from dora_reference import adapted, leaves, move_, norms_counted, turned, weight_with
 from models import Plain, perturb_
+from one_layer import (
+    ALPHA,
+    DTYPES,
+    LAYERS,
+    ONE_OF_EACH,
+    RANK,
+    SCALE,
+    TOKENS,
+    Pair,
+    as_stored,
+    assert_near,
+    canonical,
+    dense,
+    input_of,
+    output,
+    own_dtype,
+    plain,
+)
+from references import bits
 from torchgraft_plugins import dora
 
 NOT_EMBEDDINGS = [layer for layer in LAYERS if not layer.startswith("embedding")]
-
-
-def adapted(module: nn.Module, **options: Any) -> tuple[nn.Sequential, tg.Adapter]:
-    """A model of a copy of that layer, with a perturbed adapter."""
-    model = nn.Sequential(deepcopy(module))
-    adapter = tg.apply(model, "dora", targets=["@all"], **{"rank": RANK, "alpha": ALPHA, **options})
-    move_(adapter)
-    return model, adapter
-
-
-def move_(adapter: tg.Adapter, seed: int = 1) -> None:
-    """Away from the start, but for the column of a padding row: for want of a gradient, it stays."""
-    perturb_(adapter.parameters(), seed=seed)
-    for part in adapter.parts.values():
-        if part.site.padding_idx is not None:
-            part.A.data[:, part.site.padding_idx] = 0
-
-
-def leaves(part: Any, *names: str) -> list[Tensor]:
-    return [getattr(part, name).detach().double().requires_grad_() for name in names]
-
-
-def turned(v: Tensor, m: Tensor) -> Tensor:
-    """m·V/‖V‖ by row. The norm is a constant (§4.3 of the paper); a row that is zero has no direction and stays zero."""
-    norm = v.detach().norm(dim=1)
-    return m[:, None] / norm.where(norm > 0, 1)[:, None] * v
-
-
-def weight_with(part: Any, matrix: Tensor) -> Tensor:
-    """`matrix` (out, in) with one adapter in it, LoRA or DoRA, in float64."""
-    v = matrix + SCALE * part.B.detach().double() @ part.A.detach().double()
-    return turned(v, part.m.detach().double()) if part.method == "dora" else v
 
 
 def reference(module: nn.Module, part: Any, x: Tensor, cotangent: Tensor) -> dict[str, Pair]:
@@ -294,20 +278,6 @@ def test_a_training_step_never_multiplies_b_by_a(layer: str, init: str) -> None:
     with Products() as products:
         part.B @ part.A
     assert products.shapes == {(out, into)}, "it would have been seen"
-
-
-@contextmanager
-def norms_counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tg.Site]]:
-    calls: list[tg.Site] = []
-    real = dora._norm
-
-    def counted(site: tg.Site, *rest: Any) -> Tensor:
-        calls.append(site)
-        return real(site, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dora, "_norm", counted)
-        yield calls
 
 
 Change = Callable[[nn.Sequential, tg.Adapter, Tensor], object]

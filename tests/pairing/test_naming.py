@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_architectures import OTHERS, assert_merges, inputs, logits
-from test_pairing import rename, snapshot
 from torch import Tensor, nn
 from transformers import conversion_mapping
 
 import models
 import torchgraft as tg
+from architectures import OTHERS, assert_merges, inputs, logits
+from saved_adapters import rename, snapshot
 from torchgraft.pairing import transformers_names
 from torchgraft.pairing.naming import Naming, described, own_names
 
