@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import torchgraft as tg
@@ -50,3 +50,15 @@ def make_adapter(folder: Path, method: str = "lora", seed: int = 0, **options: A
     perturb_(adapter.parameters(), seed=seed)
     adapter.save(folder)
     return folder
+
+
+def merge_one_layer(folder: Path) -> Path:
+    """Write a checkpoint of one layer, an adapter for it and their merge into `folder`. Return the merge."""
+    save_file({"q_proj.weight": torch.randn(6, 4), "q_proj.bias": torch.zeros(6)}, folder / "model.safetensors")
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 6)})
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    adapter = tg.apply(model, "lora", "q_proj", rank=2)
+    perturb_(adapter.parameters())
+    adapter.save(folder / "adapter")
+    tg.merge_checkpoint(folder / "model.safetensors", folder / "adapter", folder / "merged")
+    return folder / "merged"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import torchgraft as tg
 from references import tree
-from small_checkpoint import Small, make_adapter, write_model
+from small_checkpoint import Small, make_adapter, merge_one_layer, write_model
 from torchgraft.errors import FileFormatError, MergeError
 
 
@@ -104,3 +105,30 @@ def test_an_older_template_in_the_same_config_leaves_the_base_s_file(tmp_path: P
     write_sidecars(base, {"chat_template.jinja": "base"})
     assert tg.merge_checkpoint(base, adapter, tmp_path / "out").notes == ()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "base"
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    return merge_one_layer(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out_in_silence(tmp_path: Path, merged: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    (base / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(tg.FileFormatError, match=r"tokenizer\.json"):
+        tg.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_checkpoints_of_a_training_run_are_left_out_and_said(tmp_path: Path, merged: Path) -> None:
+    base = tmp_path / "base"
+    (base / "checkpoint-500").mkdir(parents=True)
+    for place in (base, base / "checkpoint-500"):
+        (place / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = tg.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert report.left_out == ("checkpoint-500/model.safetensors",)
+    assert "checkpoint-500" in str(said[0].message)
+    assert not (tmp_path / "out" / "checkpoint-500").exists()

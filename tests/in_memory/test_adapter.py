@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import torchgraft as tg
 from lora_model import RANK, TOKENS, dense, output, plain, put
-from models import Plain, build
+from models import Plain, build, perturb_
 from references import assert_same_state, state_of
 
 SHAPES = {
@@ -266,3 +266,25 @@ def test_seeds_fix_each_site_whatever_else_is_selected() -> None:
     assert torch.equal(some["attn.q_proj.A"], everything["attn.q_proj.A"])
     assert not torch.equal(everything["attn.q_proj.A"], other["attn.q_proj.A"])
     assert not torch.equal(everything["attn.q_proj.A"], everything["attn.out_proj.A"])
+
+
+@pytest.mark.parametrize("act", ["merge", "unmerge", "detach"])
+def test_a_detached_adapter_changes_nothing(act: str) -> None:
+    model = Plain()
+    adapter = tg.apply(model, "lora", "@linear")
+    perturb_(adapter.parameters())
+    adapter.detach()
+    before = state_of(model)
+    with pytest.raises(tg.AttachError, match="was detached"):
+        getattr(adapter, act)()
+    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_merging_while_disabled_does_not_break_the_block() -> None:
+    model = Plain()
+    adapter = tg.apply(model, "lora", "@linear")
+    with adapter.disabled():
+        adapter.merge()
+    assert adapter.merged
+    adapter.unmerge()
+    assert adapter.active

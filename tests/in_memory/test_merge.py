@@ -34,7 +34,7 @@ from one_layer import (
     plain_model,
     reference,
 )
-from references import all_bits, assert_same_bits, bits, refused
+from references import all_bits, assert_same_bits, bits, refused, state_of
 from torchgraft.arithmetic.exact import correct, make_correction, restore
 from torchgraft.hashes import sha256_of_tensor
 
@@ -416,3 +416,15 @@ def test_whatever_the_weights_bits_merging_is_refused_or_undone(dtype: str, seed
         adapter.unmerge()
     assert not adapter.merged
     assert torch.equal(bits(layer.weight), before)
+
+
+def test_a_trained_head_that_leaves_the_range_of_float16_is_not_merged() -> None:
+    model = Plain().half()
+    adapter = tg.apply(model, "lora", "q_proj", also_train=["head"])
+    adapter.copies["head"].module.float()
+    with torch.no_grad():
+        adapter.copies["head"].module.weight.fill_(1e5)
+    before = state_of(model)
+    with pytest.raises(tg.MergeError, match=r"head: .*float16"):
+        adapter.merge()
+    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
