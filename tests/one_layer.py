@@ -50,6 +50,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     **dict(_convolutions()),
 }
 ONE_OF_EACH = ("linear", "hf-conv1d-square", "embedding", "conv1d-groups", "conv2d-depthwise", "conv3d-reflect")
+NOT_EMBEDDINGS = [layer for layer in LAYERS if not layer.startswith("embedding")]
 
 
 def plain(layer: str, dtype: str = "float32") -> nn.Module:
