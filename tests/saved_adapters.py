@@ -59,3 +59,15 @@ def snapshot(model: nn.Module) -> list[object]:
         [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
         list(tg.adapters(model)),
     ]
+
+
+def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: change(tensors[name])}))
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    return lambda directory: edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in names])
+
+
+def add(name: str, *shape: int) -> Callable[[Path], None]:
+    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: torch.ones(shape)}))

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import models
 import torchgraft as tg
-from saved_adapters import agree, edit_json, edit_tensors, rename, snapshot
+from saved_adapters import add, agree, drop, edit_json, put, rename, snapshot
 
 SITE = "model.layers.1.self_attn.q_proj"
 A, B = f"base_model.model.{SITE}.lora_A.weight", f"base_model.model.{SITE}.lora_B.weight"
@@ -56,18 +56,6 @@ def adapter(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 both_forms = pytest.mark.parametrize("adapter", FORMS, indirect=True)
 as_peft_wrote_it = pytest.mark.parametrize("adapter", ["peft"], indirect=True)
-
-
-def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: change(tensors[name])}))
-
-
-def drop(*names: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in names])
-
-
-def add(name: str, *shape: int) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: torch.ones(shape)}))
 
 
 def claim_rank_5(directory: Path) -> None:
