@@ -15,6 +15,9 @@ settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # a new example is found at a desk, not when landing
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
+# Failures in helper modules show the compared values too.
+pytest.register_assert_rewrite("architectures", "one_layer", "peft_reference", "references", "renamed_adapters")
+
 from command import Result  # noqa: E402  (transformers reads the environment when it is imported)
 from installed import Installed  # noqa: E402
 from tiny_methods import OnLinears, Spoiled, registered  # noqa: E402
