@@ -1,4 +1,4 @@
-"""What many tests use."""
+"""Fixtures that tests of several folders use."""
 
 from __future__ import annotations
 

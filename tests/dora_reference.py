@@ -17,7 +17,7 @@ from torchgraft_plugins import dora
 
 
 def adapted(module: nn.Module, **options: Any) -> tuple[nn.Sequential, tg.Adapter]:
-    """A model of a copy of that layer, with a perturbed adapter."""
+    """Return a model of a copy of that layer with a perturbed DoRA, and the adapter."""
     model = nn.Sequential(deepcopy(module))
     adapter = tg.apply(model, "dora", targets=["@all"], **{"rank": RANK, "alpha": ALPHA, **options})
     move_(adapter)
@@ -25,7 +25,7 @@ def adapted(module: nn.Module, **options: Any) -> tuple[nn.Sequential, tg.Adapte
 
 
 def move_(adapter: tg.Adapter, seed: int = 1) -> None:
-    """Away from the start, but for the column of a padding row: for want of a gradient, it stays."""
+    """Move the parameters away from their start, except the column of a padding row, which gets no gradient."""
     perturb_(adapter.parameters(), seed=seed)
     for part in adapter.parts.values():
         if part.site.padding_idx is not None:

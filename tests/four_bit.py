@@ -19,20 +19,21 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def by_hand(weight: Tensor, quant_type: str = "nf4", double_quant: bool = True, block_size: int = 64) -> list[Tensor]:
-    """Codes and scales as bitsandbytes' own function makes them, and the weight that they stand for."""
+    """Return the codes and scales that bitsandbytes' own function computes, and the dequantized weight."""
     packed, state = bnb.functional.quantize_4bit(
         weight.detach().clone(), blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type
     )
-    return [packed, *numbers(state), bnb.functional.dequantize_4bit(packed, state)]
+    return [packed, *scales(state), bnb.functional.dequantize_4bit(packed, state)]
 
 
-def numbers(state: Any) -> list[Tensor]:
+def scales(state: Any) -> list[Tensor]:
     return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
 
 
 def contents(layer: nn.Module) -> list[Tensor]:
+    """Return the codes, the scales and the dequantized weight of a 4-bit layer, in the order of `by_hand`."""
     weight = layer.weight
-    return [weight.data, *numbers(weight.quant_state), bnb.functional.dequantize_4bit(weight.data, weight.quant_state)]
+    return [weight.data, *scales(weight.quant_state), bnb.functional.dequantize_4bit(weight.data, weight.quant_state)]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -40,6 +41,7 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def error(got: Tensor, want: Tensor) -> float:
+    """Return ‖got - want‖/‖want‖ in float64."""
     return float((got.detach().double() - want.detach().double()).norm() / want.detach().double().norm())
 
 

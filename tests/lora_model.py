@@ -28,7 +28,7 @@ def put(model: nn.Module, name: str = "default", targets: Any = ("@all",), seed:
 
 
 def dense(base: nn.Module, *adapters: tg.Adapter) -> nn.Module:
-    """A copy of `base` with every W + α/r·B·A written out in float64, and the trained modules in place of the original ones."""
+    """Return a copy of `base` with every W + α/r·B·A written out in float64, and the trained modules in place of the original ones."""
     copy = deepcopy(base).double().requires_grad_(False)
     for adapter in adapters:
         for name, part in adapter.parts.items():

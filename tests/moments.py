@@ -17,5 +17,5 @@ OPTIMIZERS: dict[str, Callable[[tg.Adapter], torch.optim.Optimizer]] = {
     "bitsandbytes AdamW32bit": lambda adapter: adapter.optimizer("adamw_32bit", lr=0.0),
 }
 MEANS = {"exp_avg": 0.1, "momentum_buffer": 1.0, "grad_avg": 0.01, "state1": 0.1}
-"""What is kept of the mean of gradients → its share of the gradient after one step."""
+"""Names under which optimizers store the mean of the gradients → its share of the gradient after one step."""
 SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2"}

@@ -54,7 +54,7 @@ NOT_EMBEDDINGS = [layer for layer in LAYERS if not layer.startswith("embedding")
 
 
 def plain(layer: str, dtype: str = "float32") -> nn.Module:
-    """The layer without an adapter, every number in it away from its initial value."""
+    """Return the layer without an adapter, with every parameter away from its initial value."""
     torch.manual_seed(3)
     module = LAYERS[layer]()
     perturb_(list(module.parameters()), 0.2)
@@ -62,12 +62,12 @@ def plain(layer: str, dtype: str = "float32") -> nn.Module:
 
 
 def adapted(module: nn.Module, **options: Any) -> tuple[nn.Sequential, tg.Adapter]:
-    """A model of a copy of that layer, with a perturbed adapter."""
+    """Return a model of a copy of that layer with a perturbed LoRA, and the adapter."""
     model = nn.Sequential(deepcopy(module))
     adapter = tg.apply(model, "lora", targets=["@all"], **{"rank": RANK, "alpha": ALPHA, **options})
     perturb_(adapter.parameters())
     if getattr(module, "padding_idx", None) is not None:
-        adapter.parts["0"].A.data[:, module.padding_idx] = 0  # where training starts and, for want of a gradient, stays
+        adapter.parts["0"].A.data[:, module.padding_idx] = 0  # the padding column starts at zero and gets no gradient
     return model, adapter
 
 
@@ -81,14 +81,14 @@ def input_of(module: nn.Module) -> Tensor:
 
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
-    """A matrix (out, in) in the layout in which the layer keeps its weight."""
+    """Return a matrix (out, in) in the layout in which the layer stores its weight."""
     if isinstance(module, Conv1D | nn.Embedding):
         return matrix.T
     return matrix if isinstance(module, nn.Linear) else matrix.reshape(module.out_channels, -1, *module.kernel_size)
 
 
 def dense(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """What the layer computes if this is its stored weight."""
+    """Return what the layer computes with `weight` as its stored weight."""
     if isinstance(module, nn.Embedding):
         return F.embedding(x, weight, module.padding_idx)
     if isinstance(module, nn.Linear | Conv1D):
@@ -110,7 +110,7 @@ def padded(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def reference(module: nn.Module, part: Any, x: Tensor, cotangent: Tensor | None = None, scale: float = SCALE) -> dict[str, Pair]:
-    """Output and gradients in float64, each with the same from absolute values: the size of the terms that it sums."""
+    """Return output and gradients in float64, each with its value for absolute inputs: the size of the terms that it sums."""
 
     def compute(view: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         a, b, weight = (view(tensor.detach().double()).requires_grad_() for tensor in (part.A, part.B, module.weight))
@@ -140,7 +140,7 @@ PLAIN_SITES = ("embed", "conv", "attn.q_proj", "attn.out_proj", "mlp.0", "mlp.2"
 
 
 def plain_model(**options: Any) -> tuple[Plain, Plain, tg.Adapter]:
-    """Every kind in one model: without an adapter, with one, and that one."""
+    """Return a model with every kind of layer, a copy of it with a LoRA, and the adapter."""
     torch.manual_seed(0)
     base = Plain().eval()
     perturb_(list(base.parameters()), 0.1)
@@ -155,13 +155,13 @@ TOKENS = torch.arange(22).reshape(2, 11) % 11
 
 
 def canonical(module: nn.Module) -> Tensor:
-    """The weight as a matrix (out, in), in float64."""
+    """Return the weight as a matrix (out, in), in float64."""
     weight = module.weight.detach().double()
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.reshape(len(weight), -1)
 
 
 def output(module: nn.Module, matrix: Tensor, x: Tensor) -> Tensor:
-    """What the layer computes with `matrix` as its weight, in float64."""
+    """Return what the layer computes with `matrix` (out, in) as its weight, in float64."""
     bias = getattr(module, "bias", None)
     x = x.double() if x.is_floating_point() else x
     return dense(module, as_stored(module, matrix), None if bias is None else bias.detach().double(), x)

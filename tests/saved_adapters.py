@@ -22,7 +22,7 @@ def edit_json(path: Path, **values: Any) -> None:
 
 
 def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """As if the adapter had been saved so: the record's hash is that of the new file."""
+    """Change the saved tensors, and the hash in the record with them."""
     tensors = load_file(directory / "adapter_model.safetensors")
     change(tensors)
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
@@ -32,12 +32,12 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) ->
 
 
 def agree(directory: Path) -> None:
-    """As if PEFT's config and the record had been written together."""
+    """Record what PEFT's config declares now, as if both had been written together."""
     edit_json(directory / "torchgraft.json", peft_config=meaning(json.loads((directory / "adapter_config.json").read_bytes())))
 
 
 def rename(directory: Path, old: str, new: str) -> None:
-    """In the tensors and in both JSON files."""
+    """Replace `old` by `new` in the names of the tensors and in both JSON files."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name in list(tensors):
@@ -51,7 +51,7 @@ def rename(directory: Path, old: str, new: str) -> None:
 
 
 def snapshot(model: nn.Module) -> list[object]:
-    """All that a failed load could have changed."""
+    """Return everything that a failed load could have changed."""
     return [
         {name: (tensor.dtype, tensor.flatten().view(torch.uint8).numpy().tobytes()) for name, tensor in model.state_dict().items()},
         [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
