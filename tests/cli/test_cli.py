@@ -1,4 +1,4 @@
-"""The commands: what they print, with and without --json, what they write, and how they behave as a process."""
+"""The commands: what they print, with and without --json, and what they write."""
 
 from __future__ import annotations
 

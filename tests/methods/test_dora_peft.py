@@ -1,4 +1,4 @@
-"""DoRA in files: PEFT's format both ways, with PEFT itself as the reference, and checkpoints merged and given back."""
+"""DoRA in files: PEFT's format both ways, with PEFT itself as the reference, and checkpoints merged and restored."""
 
 from __future__ import annotations
 

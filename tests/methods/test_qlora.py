@@ -1,4 +1,4 @@
-"""QLoRA: quantising in place, loading in 4 bits, training, files, and PEFT on the same 4-bit weights."""
+"""QLoRA: quantizing in place, loading in 4 bits, training, files, and PEFT on the same 4-bit weights."""
 
 from __future__ import annotations
 
