@@ -1,4 +1,4 @@
-"""What the fixture `adapt` returns."""
+"""The type of the fixture `adapt`, and its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What many tests use."""
+"""Fixtures that tests of several folders use."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)  # a new example is found at a desk, not when landing
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+# Failures in helper modules show the compared values too.
+pytest.register_assert_rewrite("architectures", "one_layer", "peft_reference", "references", "renamed_adapters")
 
 from command import Result  # noqa: E402  (transformers reads the environment when it is imported)
 from installed import Installed  # noqa: E402

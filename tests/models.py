@@ -52,7 +52,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 
 def build(family: str, seed: int = 0) -> nn.Module:
-    """A model of `family` with fixed random weights, in eval."""
+    """Return a model of `family` with fixed random weights, in eval."""
     torch.manual_seed(seed)
     return FAMILIES[family]().eval()
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
-from test_merge_options import Small, make_adapter, tree, write_model
 
 import torchgraft as tg
+from references import tree
+from small_checkpoint import Small, make_adapter, merge_one_layer, write_model
 from torchgraft.errors import FileFormatError, MergeError
 
 
@@ -28,7 +30,7 @@ def test_the_adapter_s_tokenizer_and_chat_template_win_and_the_base_s_come_back(
     )
     report = tg.merge_checkpoint(base, adapter, tmp_path / "out")
     assert report.notes == ("taken from the adapter, not the base: added_tokens.json, chat_template.jinja, tokenizer.json",)
-    found = {name: data.decode() for name, data in tree(tmp_path / "out").items() if "/" not in name and "safetensors" not in name}
+    found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.is_file() and "safetensors" not in path.name}
     del found["torchgraft_merge.json"], found["config.json"]
     assert found == {
         "tokenizer.json": '{"own": 1}',
@@ -62,7 +64,7 @@ def test_other_merges_and_circles_of_links_in_the_base_are_not_carried(tmp_path:
     (base / "code" / "around").symlink_to("..")
     tg.merge_checkpoint(base, adapter, tmp_path / "out")
     names = {name for name in tree(tmp_path / "out") if not name.startswith("torchgraft_undo")}
-    assert names == {"code/model.py", "config.json", "model.safetensors", "torchgraft_merge.json"}
+    assert names == {"code", "code/model.py", "config.json", "model.safetensors", "torchgraft_merge.json"}
 
 
 @pytest.mark.parametrize("inside", ["base", "a", "first"])
@@ -103,3 +105,30 @@ def test_an_older_template_in_the_same_config_leaves_the_base_s_file(tmp_path: P
     write_sidecars(base, {"chat_template.jinja": "base"})
     assert tg.merge_checkpoint(base, adapter, tmp_path / "out").notes == ()
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "base"
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    return merge_one_layer(tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_not_left_out_in_silence(tmp_path: Path, merged: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    (base / "tokenizer.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(tg.FileFormatError, match=r"tokenizer\.json"):
+        tg.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_checkpoints_of_a_training_run_are_left_out_and_said(tmp_path: Path, merged: Path) -> None:
+    base = tmp_path / "base"
+    (base / "checkpoint-500").mkdir(parents=True)
+    for place in (base, base / "checkpoint-500"):
+        (place / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = tg.merge_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert report.left_out == ("checkpoint-500/model.safetensors",)
+    assert "checkpoint-500" in str(said[0].message)
+    assert not (tmp_path / "out" / "checkpoint-500").exists()

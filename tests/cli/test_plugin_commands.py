@@ -1,4 +1,4 @@
-"""`adapt` with the plugins of strangers: their commands, what is shown of them, and what is broken in them."""
+"""`adapt` with third-party plugins: their commands, how they are shown, and how broken ones are reported."""
 
 from __future__ import annotations
 

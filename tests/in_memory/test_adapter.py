@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import torchgraft as tg
+from lora_model import RANK, TOKENS, dense, output, plain, put
 from models import Plain, build, perturb_
+from references import assert_same_state, state_of
 
-RANK, ALPHA = 3, 5.0
-LOW_RANK = {"rank": RANK, "alpha": ALPHA, "dtype": "float64"}
 SHAPES = {
     "embed": (6, 11),
     "conv": (8, 18),
@@ -27,46 +27,6 @@ SHAPES = {
     "mlp.2": (8, 12),
     "head": (5, 8),
 }
-TOKENS = torch.tensor([[1, 5, 2, 9], [0, 3, 10, 7]])
-
-
-def plain(seed: int = 0) -> Plain:
-    torch.manual_seed(seed)
-    return Plain().double().eval()
-
-
-def put(model: nn.Module, name: str = "default", targets: Any = ("@all",), seed: int = 1, **options: Any) -> tg.Adapter:
-    adapter = tg.apply(model, "lora", targets, name=name, **{**LOW_RANK, **options})
-    perturb_(adapter.parameters(), seed=seed)
-    return adapter
-
-
-def dense(base: nn.Module, *adapters: tg.Adapter) -> nn.Module:
-    """A copy of `base` with every W + α/r·B·A written out in float64, and the trained modules in place of the original ones."""
-    copy = deepcopy(base).double().requires_grad_(False)
-    for adapter in adapters:
-        for name, part in adapter.parts.items():
-            weight = copy.get_submodule(name).weight
-            a, b = (part.tensors()[key].detach().double() for key in "AB")
-            delta = part.config.alpha / part.config.rank * (b @ a)
-            weight += (delta.t() if isinstance(copy.get_submodule(name), nn.Embedding) else delta).reshape(weight.shape)
-        for name, trained in adapter.copies.items():
-            copy.get_submodule(name).load_state_dict(trained.module.state_dict())
-    return copy
-
-
-@torch.no_grad()
-def output(model: nn.Module) -> Tensor:
-    return model(TOKENS)
-
-
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
-
-
-def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    assert list(one) == list(other)
-    assert [key for key in one if not torch.equal(one[key], other[key])] == []
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -77,20 +37,20 @@ def logits(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("family", ["plain", "llama", "t5"])
 def test_attaching_keeps_objects_names_classes_and_state(family: str) -> None:
     model, run = (plain(), output) if family == "plain" else (build(family).double(), logits)
-    modules, classes, before, base = dict(model.named_modules()), {m: type(m) for m in model.modules()}, bits(model), deepcopy(model)
+    modules, classes, before, base = dict(model.named_modules()), {m: type(m) for m in model.modules()}, state_of(model), deepcopy(model)
     adapter = put(model, "extra", "@linear")
     after = dict(model.named_modules())
     assert all(after[name] is module and isinstance(module, classes[module]) for name, module in modules.items())
     assert list(after) != list(modules)
     state = model.state_dict()
-    assert_same_bits(before, {key: state[key] for key in before})
+    assert_same_state(before, {key: state[key] for key in before})
     assert set(state) - set(before) == {f"{site.name}.adapters.extra.{key}" for site in adapter.sites for key in "AB"}
     torch.testing.assert_close(run(model), run(dense(base, adapter)))
     assert (run(model) - run(base)).abs().max() > 1e-2
     adapter.detach()
     assert {m: type(m) for m in model.modules()} == classes
     assert list(model.named_modules()) == list(modules.items())
-    assert_same_bits(before, model.state_dict())
+    assert_same_state(before, model.state_dict())
     assert "_torchgraft" not in vars(model)
     assert [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks] == []
     assert tg.adapters(model) == {}
@@ -129,7 +89,7 @@ def test_a_copy_has_its_own_adapters(duplicate: Callable[[nn.Module], nn.Module]
     own.merge()
     torch.testing.assert_close(output(copy), output(dense(base, own)))
     own.detach()
-    assert_same_bits(copy.state_dict(), base.state_dict())
+    assert_same_state(copy.state_dict(), base.state_dict())
     assert torch.equal(output(model), expected)
 
 
@@ -139,7 +99,7 @@ def test_a_merged_adapter_survives_a_copy() -> None:
     put(model).merge()
     copy = _pickled(model)
     tg.adapters(copy)["default"].detach()
-    assert_same_bits(copy.state_dict(), base.state_dict())
+    assert_same_state(copy.state_dict(), base.state_dict())
 
 
 def test_state_dict_goes_through_a_file(tmp_path: Path) -> None:
@@ -260,7 +220,7 @@ def test_a_trained_head_runs_in_place_of_the_base(tmp_path: Path) -> None:
     adapter.unmerge()
     torch.testing.assert_close(output(model), expected)
     adapter.detach()
-    assert_same_bits(model.state_dict(), base.state_dict())
+    assert_same_state(model.state_dict(), base.state_dict())
 
 
 def test_each_adapter_trains_its_own_head() -> None:
@@ -286,7 +246,7 @@ def test_also_train_takes_a_sequential_and_its_layers_are_no_sites() -> None:
     adapter.merge()
     torch.testing.assert_close(output(model), output(dense(base, adapter)))
     adapter.detach()
-    assert_same_bits(model.state_dict(), base.state_dict())
+    assert_same_state(model.state_dict(), base.state_dict())
 
 
 def test_count_is_trainable_and_total() -> None:
@@ -306,3 +266,25 @@ def test_seeds_fix_each_site_whatever_else_is_selected() -> None:
     assert torch.equal(some["attn.q_proj.A"], everything["attn.q_proj.A"])
     assert not torch.equal(everything["attn.q_proj.A"], other["attn.q_proj.A"])
     assert not torch.equal(everything["attn.q_proj.A"], everything["attn.out_proj.A"])
+
+
+@pytest.mark.parametrize("act", ["merge", "unmerge", "detach"])
+def test_a_detached_adapter_changes_nothing(act: str) -> None:
+    model = Plain()
+    adapter = tg.apply(model, "lora", "@linear")
+    perturb_(adapter.parameters())
+    adapter.detach()
+    before = state_of(model)
+    with pytest.raises(tg.AttachError, match="was detached"):
+        getattr(adapter, act)()
+    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+
+
+def test_merging_while_disabled_does_not_break_the_block() -> None:
+    model = Plain()
+    adapter = tg.apply(model, "lora", "@linear")
+    with adapter.disabled():
+        adapter.merge()
+    assert adapter.merged
+    adapter.unmerge()
+    assert adapter.active

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_adapter import assert_same_bits, bits, dense, output, plain, put
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import torchgraft as tg
+from lora_model import dense, output, plain, put
+from references import assert_same_state, state_of
 
 
 class Shift:
@@ -98,14 +99,14 @@ def test_a_method_without_training_hooks_has_defaults() -> None:
 
 def test_a_failure_on_one_layer_leaves_the_model_unchanged(shift: Shift) -> None:
     model = plain()
-    before = bits(model), [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
+    before = state_of(model), [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
     shift.refuse = "mlp.0"
     with pytest.raises(RuntimeError, match="no shift for this one"):
         tg.apply(model, "shift", "@linear")
     with pytest.raises(tg.AttachError, match=r"embed: shift does not work on Embedding layers, only on Linear"):
         tg.apply(model, "shift", ["q_proj", "embed"])
     assert tg.adapters(model) == {}
-    assert_same_bits(before[0], model.state_dict())
+    assert_same_state(before[0], model.state_dict())
     after = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
     assert before[1:] == after
 
@@ -117,7 +118,7 @@ def test_provoking_names_work(name: str) -> None:
     adapter = put(model, name, also_train=["head"])
     torch.testing.assert_close(output(pickle.loads(pickle.dumps(model))), output(dense(base, adapter)))
     adapter.detach()
-    assert_same_bits(model.state_dict(), base.state_dict())
+    assert_same_state(model.state_dict(), base.state_dict())
 
 
 @pytest.mark.parametrize("name", ["a.b", "forward", "keys", "", "training", "_modules", "weights.1"])

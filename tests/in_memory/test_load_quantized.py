@@ -15,10 +15,10 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from test_qlora import EXACT, TOKENS, WAYS, by_hand, contents, error, logits, same
 from torch import Tensor, nn
 
 import torchgraft as tg
+from four_bit import EXACT, TOKENS, WAYS, by_hand, contents, error, logits, same
 from models import GROUPED, SPECIAL, build, perturb_
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from test_lora import LAYERS, TOKENS, as_stored, assert_near, dense, input_of, plain, plain_model
 from torch import Tensor, nn
 
 import torchgraft as tg
 from models import perturb_
+from moments import MEANS, OPTIMIZERS, SQUARES
+from one_layer import LAYERS, TOKENS, as_stored, assert_near, dense, input_of, plain, plain_model
 
 RANK, ALPHA = 3, 5.0
 SCALE = ALPHA / RANK
@@ -325,18 +326,6 @@ def test_a_direction_that_is_dropped_and_a_graph_that_is_alive_do_not_disturb_th
 
 
 # What the optimizer keeps for each entry, after a rebuild.
-
-OPTIMIZERS: dict[str, Callable[[tg.Adapter], torch.optim.Optimizer]] = {
-    "Adam": lambda adapter: torch.optim.Adam(adapter.parameters(), lr=0.0, amsgrad=True),
-    "AdamW, one by one": lambda adapter: torch.optim.AdamW(adapter.parameters(), lr=0.0, foreach=False),
-    "SGD": lambda adapter: torch.optim.SGD(adapter.parameters(), lr=0.0, momentum=0.9),
-    "RMSprop": lambda adapter: torch.optim.RMSprop(adapter.parameters(), lr=0.0, momentum=0.5, centered=True),
-    "Adagrad": lambda adapter: torch.optim.Adagrad(adapter.parameters(), lr=0.0),
-    "bitsandbytes AdamW32bit": lambda adapter: adapter.optimizer("adamw_32bit", lr=0.0),
-}
-MEANS = {"exp_avg": 0.1, "momentum_buffer": 1.0, "grad_avg": 0.01, "state1": 0.1}
-"""What is kept of the mean of gradients → its share of the gradient after one step."""
-SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2"}
 
 
 def two_layers(dtype: torch.dtype, spread: float = 1.0) -> tuple[nn.Sequential, tg.Adapter, Tensor]:

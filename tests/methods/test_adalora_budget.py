@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from test_adalora import MEANS, OPTIMIZERS, SQUARES
 from torch import Tensor, nn
 
 import torchgraft as tg
 from models import Plain, perturb_
+from moments import MEANS, OPTIMIZERS, SQUARES
 from torchgraft_plugins.adalora.budget import budget
 from torchgraft_plugins.adalora.config import AdaloraConfig
 

@@ -7,14 +7,13 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_dora import adapted, leaves, move_, norms_counted, turned, weight_with
-from test_lora import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, input_of, plain
-from test_lora_init import canonical, output
-from test_merge import all_bits, assert_same_bits, bits, own_dtype, refused
 from torch import Tensor, nn
 
 import torchgraft as tg
+from dora_reference import adapted, leaves, move_, norms_counted, turned, weight_with
 from models import perturb_
+from one_layer import ALPHA, DTYPES, LAYERS, ONE_OF_EACH, RANK, SCALE, canonical, input_of, output, own_dtype, plain
+from references import all_bits, assert_same_bits, bits, refused
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

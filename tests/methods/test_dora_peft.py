@@ -1,4 +1,4 @@
-"""DoRA in files: PEFT's format both ways, with PEFT itself as the reference, and checkpoints merged and given back."""
+"""DoRA in files: PEFT's format both ways, with PEFT itself as the reference, and checkpoints merged and restored."""
 
 from __future__ import annotations
 
@@ -13,22 +13,20 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_dora import adapted, weight_with
-from test_lora import DTYPES, TOKENS, as_stored, input_of, plain
-from test_lora_init import canonical
-from test_merge import own_dtype
-from test_pairing import edit_tensors
-from test_peft_format import CLOSE, CONVOLUTIONS, FILES, GROUPED, alone, build, image_for, peft_reads, peft_trains, pytestmark, run
 from torch import Tensor, nn
 
 import models
 import torchgraft as tg
+from dora_reference import adapted, weight_with
+from one_layer import DTYPES, TOKENS, as_stored, canonical, input_of, own_dtype, plain
+from peft_reference import CLOSE, CONVOLUTIONS, FILES, GROUPED, WARNINGS_OF_PEFT, alone, build, image_for, peft_reads, peft_trains, run
 from references import tree
+from saved_adapters import edit_tensors
 from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.pairing.base import base_of_module
 from torchgraft.pairing.matching import pair
 
-__all__ = ["pytestmark"]  # the warnings of PEFT's own that are ignored here, too
+pytestmark = WARNINGS_OF_PEFT
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain, all kinds": ("plain", {"targets": ["@all"], "rank": 4}),

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_lora import DTYPES, TOKENS, as_stored, dense, input_of, plain
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import torchgraft as tg
 from models import Plain, perturb_
+from one_layer import DTYPES, TOKENS, canonical, input_of, output, plain
 
 HARMLESS = ("kaiming", "gaussian", "orthogonal", "swapped", "pissa")
 KINDS = ("linear", "linear-square", "hf-conv1d", "hf-conv1d-square", "embedding", "conv1d-groups", "conv2d-depthwise", "conv3d-plain")
@@ -25,19 +25,6 @@ def start(module: nn.Module, **options: Any) -> tuple[nn.Sequential, Any]:
     """A model of a copy of that layer with an adapter as `apply` makes it, and what it puts on the layer."""
     model = nn.Sequential(deepcopy(module))
     return model, tg.apply(model, "lora", targets=["@all"], **options).parts["0"]
-
-
-def canonical(module: nn.Module) -> Tensor:
-    """The weight as a matrix (out, in), in float64."""
-    weight = module.weight.detach().double()
-    return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.reshape(len(weight), -1)
-
-
-def output(module: nn.Module, matrix: Tensor, x: Tensor) -> Tensor:
-    """What the layer computes with `matrix` as its weight, in float64."""
-    bias = getattr(module, "bias", None)
-    x = x.double() if x.is_floating_point() else x
-    return dense(module, as_stored(module, matrix), None if bias is None else bias.detach().double(), x)
 
 
 @pytest.mark.parametrize("init", HARMLESS)

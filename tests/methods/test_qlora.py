@@ -1,4 +1,4 @@
-"""QLoRA: quantising in place, loading in 4 bits, training, files, and PEFT on the same 4-bit weights."""
+"""QLoRA: quantizing in place, loading in 4 bits, training, files, and PEFT on the same 4-bit weights."""
 
 from __future__ import annotations
 
@@ -16,52 +16,15 @@ import torch
 from torch import Tensor, nn
 
 import torchgraft as tg
+from four_bit import EXACT, TOKENS, WAYS, by_hand, contents, error, same
 from models import Plain, build, perturb_
 
 SITES = ["attn.q_proj", "mlp.0"]
-TOKENS = torch.arange(8).reshape(2, 4)
-EXACT = {"compute_dtype": "float32"}
-WAYS: dict[str, dict[str, Any]] = {
-    "nf4": {},
-    "fp4": {"quant_type": "fp4"},
-    "one scale for each block": {"double_quant": False},
-    "blocks of 256": {"block_size": 256},
-}
 
 
 def plain(seed: int = 0) -> Plain:
     torch.manual_seed(seed)
     return Plain().eval()
-
-
-def by_hand(weight: Tensor, quant_type: str = "nf4", double_quant: bool = True, block_size: int = 64) -> list[Tensor]:
-    """Codes and scales as bitsandbytes' own function makes them, and the weight that they stand for."""
-    packed, state = bnb.functional.quantize_4bit(
-        weight.detach().clone(), blocksize=block_size, compress_statistics=double_quant, quant_type=quant_type
-    )
-    return [packed, *numbers(state), bnb.functional.dequantize_4bit(packed, state)]
-
-
-def numbers(state: Any) -> list[Tensor]:
-    return [state.absmax, *([state.offset, state.state2.absmax] if state.nested else [])]
-
-
-def contents(layer: nn.Module) -> list[Tensor]:
-    weight = layer.weight
-    return [weight.data, *numbers(weight.quant_state), bnb.functional.dequantize_4bit(weight.data, weight.quant_state)]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(a.dtype == b.dtype and a.equal(b) for a, b in zip(one, other, strict=True))
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    return float((got.detach().double() - want.detach().double()).norm() / want.detach().double().norm())
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

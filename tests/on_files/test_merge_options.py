@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -19,48 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import torchgraft as tg
-from models import perturb_
+from references import tree
+from small_checkpoint import LAYERS, Small, make_adapter, write_model
 from torchgraft.errors import ConfigError, FileFormatError, MergeError, TorchgraftError, TorchgraftWarning
 from torchgraft.kinds import blocks
 from torchgraft.rewriting import file_tensors
 from torchgraft.rewriting.workers import Workers
-
-LAYERS = {"q_proj": (8, 8), "up_proj": (24, 8), "down_proj": (8, 24)}
-
-
-class Small(nn.Module):
-    """Square, tall and wide linear layers, an embedding, and a head."""
-
-    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed_tokens = nn.Embedding(16, 8)
-        self.q_proj, self.up_proj, self.down_proj = (nn.Linear(k, d, bias=False) for d, k in LAYERS.values())
-        self.head = nn.Linear(8, 3)
-        self.register_buffer("steps", torch.arange(5))
-        self.to(dtype)
-
-
-def write_model(folder: Path, model: nn.Module, shards: int = 1, config: Mapping[str, Any] | None = None) -> Path:
-    folder.mkdir(parents=True)
-    tensors = model.state_dict()
-    names = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(tensors)}
-    if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"made": "here"}, "weight_map": names}))
-    else:
-        names = dict.fromkeys(tensors, "model.safetensors")
-    for file in set(names.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if names[name] == file}, folder / file, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "small", "dtype": "bfloat16", **(config or {})}))
-    return folder
-
-
-def make_adapter(folder: Path, method: str = "lora", seed: int = 0, **options: Any) -> Path:
-    model = options.pop("model", None) or Small(torch.float32)
-    adapter = tg.apply(model, method, options.pop("targets", list(LAYERS)), **options)
-    perturb_(adapter.parameters(), seed=seed)
-    adapter.save(folder)
-    return folder
 
 
 def dense(folder: Path, weight: Tensor, layer: str, rank: int = 8, alpha: float = 16) -> Tensor:
@@ -87,10 +51,6 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     distance = (near.double() - exact).abs().nan_to_num(nan=torch.inf)
     odd = (near.view(torch.int16) & 1).double()
     return near.gather(0, torch.where(distance == distance.amin(0), odd, torch.inf).argmin(0, keepdim=True))[0]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -13,14 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import models
 import torchgraft as tg
-from torchgraft.adapter_files.peft_config import meaning
+from saved_adapters import add, agree, drop, edit_json, put, rename, snapshot
 
 SITE = "model.layers.1.self_attn.q_proj"
 A, B = f"base_model.model.{SITE}.lora_A.weight", f"base_model.model.{SITE}.lora_B.weight"
@@ -57,52 +56,6 @@ def adapter(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 both_forms = pytest.mark.parametrize("adapter", FORMS, indirect=True)
 as_peft_wrote_it = pytest.mark.parametrize("adapter", ["peft"], indirect=True)
-
-
-def edit_json(path: Path, **values: Any) -> None:
-    if path.exists():
-        path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
-
-
-def edit_tensors(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
-    """As if the adapter had been saved so: the record's hash is that of the new file."""
-    tensors = load_file(directory / "adapter_model.safetensors")
-    change(tensors)
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
-    (directory / "adapter_model.safetensors").write_bytes(data)
-    file = {"file": "adapter_model.safetensors", "sha256": hashlib.sha256(data).hexdigest()}
-    edit_json(directory / "torchgraft.json", tensors=file)
-
-
-def agree(directory: Path) -> None:
-    """As if PEFT's config and the record had been written together."""
-    edit_json(directory / "torchgraft.json", peft_config=meaning(json.loads((directory / "adapter_config.json").read_bytes())))
-
-
-def rename(directory: Path, old: str, new: str) -> None:
-    """In the tensors and in both JSON files."""
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        for name in list(tensors):
-            tensors[name.replace(old, new)] = tensors.pop(name)
-
-    for name in ("adapter_config.json", "torchgraft.json"):
-        if (directory / name).exists():
-            (directory / name).write_text((directory / name).read_text().replace(old, new))
-    agree(directory)
-    edit_tensors(directory, change)
-
-
-def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: change(tensors[name])}))
-
-
-def drop(*names: str) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in names])
-
-
-def add(name: str, *shape: int) -> Callable[[Path], None]:
-    return lambda directory: edit_tensors(directory, lambda tensors: tensors.update({name: torch.ones(shape)}))
 
 
 def claim_rank_5(directory: Path) -> None:
@@ -142,17 +95,6 @@ NOT_FINITE = {
     "infinite": Damage(put(B, lambda b: b.index_fill(1, torch.tensor(1), -torch.inf)), rf"{SITE}: .*NaN or infinite"),
     "NaN in a whole module": Damage(put(HEAD, lambda w: w.index_fill(0, torch.tensor(9), torch.nan)), r"lm_head.*NaN or infinite"),
 }
-
-
-def snapshot(model: nn.Module) -> list[object]:
-    """All that a failed load could have changed."""
-    return [
-        {name: (tensor.dtype, tensor.flatten().view(torch.uint8).numpy().tobytes()) for name, tensor in model.state_dict().items()},
-        [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
-        [(name, type(module), module.training, set(module.__dict__)) for name, module in model.named_modules()],
-        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
-        list(tg.adapters(model)),
-    ]
 
 
 def refused_by_load(model: nn.Module, directory: Path, error: type[tg.TorchgraftError] = tg.PairingError) -> Any:

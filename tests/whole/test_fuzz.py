@@ -5,19 +5,11 @@ Each property runs on a few cases in the quick tests and on thousands in the slo
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import io
 import json
 import os
 import shutil
-import signal
 import tracemalloc
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,76 +20,14 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import save_file
 
 import torchgraft as tg
+from sandbox import CONFIG, MEMORY, PEFT, SHARDS, Sandbox, assert_harmless, assert_plain, fails, run_cli
+from spoiled_files import NAMES, PREFIX, Q, cases, edited, edits, junk, layouts, scalars, spoiled
 from torchgraft import dtypes
 from torchgraft.checkpoint.header import dump_header, read_header
 from torchgraft.checkpoint.reading import INDEX, open_checkpoint
 from torchgraft.errors import FileFormatError
 from torchgraft.layers.of_checkpoint import layers_of_checkpoint
 from torchgraft.on_files.check import check
-from torchgraft_cli.main import main
-
-SECONDS = 20
-"""For one operation, which takes milliseconds: more is a hang, also on a busy machine."""
-MEMORY = 1 << 20, 120
-"""Bytes that reading a header may take: so many, and so many times the size of the file."""
-
-PREFIX = "base_model.model."
-Q, FC1 = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.fc1"
-SHARDS = {
-    "model-1.safetensors": {"model.embed_tokens.weight": (6, 4), f"{Q}.weight": (4, 4), f"{Q}.bias": (4,)},
-    "model-2.safetensors": {f"{FC1}.weight": (6, 4), "model.norm.weight": (4,), "lm_head.weight": (6, 4)},
-}
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "hidden_size": 4}
-PEFT = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": "base",
-    "r": 2,
-    "lora_alpha": 4,
-    "lora_dropout": 0.0,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "target_modules": ["q_proj"],
-    "exclude_modules": None,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_rslora": False,
-    "use_dora": False,
-}
-
-
-@dataclass(frozen=True)
-class Sandbox:
-    """A base in two shards, two adapters, one of them merged, and beside them what nobody may touch."""
-
-    root: Path
-
-    def __truediv__(self, name: str) -> Path:
-        return self.root / name
-
-    def listing(self) -> dict[str, str]:
-        """Every path and what is there."""
-        return {path.relative_to(self.root).as_posix(): _content(path) for path in sorted(self.root.rglob("*"))}
-
-    @contextmanager
-    def with_file(self, name: str, content: bytes) -> Iterator[None]:
-        """`content` in place of the file `name`, for a while."""
-        path = self.root / name
-        before = path.read_bytes() if path.is_file() else None
-        path.write_bytes(content)
-        try:
-            yield
-        finally:
-            path.unlink() if before is None else path.write_bytes(before)
-
-
-def _content(path: Path) -> str:
-    if path.is_symlink():
-        return f"-> {path.readlink()}"
-    return "directory" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -129,244 +59,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
 # What is run on spoiled files.
 
 
-@contextmanager
-def time_limit() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise AssertionError(f"it takes more than {SECONDS} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def fails(call: Callable[[], object]) -> str:
-    """The message of a TorchgraftError, or nothing. Any other exception goes on and is a failure."""
-    with time_limit(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", tg.TorchgraftWarning)
-        try:
-            call()
-        except tg.TorchgraftError as error:
-            return str(error) or "(an error that says nothing)"
-    return ""
-
-
-def run_cli(*arguments: object) -> tuple[int, str, str]:
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with time_limit(), warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
-        warnings.simplefilter("default", tg.TorchgraftWarning)
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return code, out.getvalue(), err.getvalue()
-
-
-def assert_plain(*command: object) -> int:
-    """One line of error at most, and no bug."""
-    code, out, err = run_cli(*command)
-    assert code in (0, 2), err or out
-    assert "Traceback" not in out + err
-    errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
-    assert len(errors) <= 1, err
-    if errors:
-        assert code == 2
-        assert errors[0].startswith("error: ")
-    assert "\x1b" not in out + err
-    return code
-
-
-Operation = Callable[[Sandbox], object]
-
-
-def look(sandbox: Sandbox) -> object:
-    return layers_of_checkpoint(open_checkpoint(sandbox / "base"))
-
-
-def check_with(adapter: str) -> Operation:
-    return lambda sandbox: check(sandbox / "base", sandbox / adapter)
-
-
-def merge_with(adapter: str, base: str = "base") -> Operation:
-    return lambda sandbox: tg.merge_checkpoint(sandbox / base, sandbox / adapter, sandbox / "out")
-
-
-def unmerge(sandbox: Sandbox) -> object:
-    return tg.unmerge_checkpoint(sandbox / "merged", sandbox / "out")
-
-
-COMMANDS = {
-    "inspect": ("inspect", "base"),
-    "select": ("inspect", "base", "--target", "@linear", "--json"),
-    "check peft": ("check", "base", "peft"),
-    "check native": ("check", "base", "native", "--json"),
-    "merge peft": ("merge", "base", "peft", "-o", "out"),
-    "merge native": ("merge", "base", "native", "-o", "out", "--json"),
-    "merge again": ("merge", "merged", "native", "-o", "out"),
-    "unmerge": ("unmerge", "merged", "-o", "out"),
-}
-OPERATIONS: dict[str, Operation] = {
-    "inspect": look,
-    "select": lambda sandbox: tg.plan(sandbox / "base", "@linear"),
-    "check peft": check_with("peft"),
-    "check native": check_with("native"),
-    "merge peft": merge_with("peft"),
-    "merge native": merge_with("native"),
-    "merge again": merge_with("native", "merged"),
-    "unmerge": unmerge,
-}
-
-
-def assert_harmless(sandbox: Sandbox, names: list[str], by_command: bool) -> None:
-    """Each operation, or its command, ends well or with a message, and leaves no more than its output."""
-    folders = {"base", "peft", "native", "merged", "out"}
-    before = sandbox.listing()
-    for name in names:
-        if by_command:
-            words = [sandbox / word if word in folders else word for word in COMMANDS[name]]
-            failed = assert_plain(*words) != 0
-        else:
-            failed = bool(fails(partial(OPERATIONS[name], sandbox)))
-        after = sandbox.listing()
-        if not failed:
-            after = {path: content for path, content in after.items() if path.split("/")[0] != "out"}
-            shutil.rmtree(sandbox / "out", ignore_errors=True)
-        assert after == before, name
-
-
-# What files are spoiled with.
-
-NAMES = [
-    "",
-    ".",
-    "..",
-    "../outside/model-2.safetensors",
-    "/etc/passwd",
-    "a\\b",
-    "C:x",
-    "\0",
-    "model-2.safetensors",
-    "x" * 300,
-    "re:(",
-    "q_proj",
-]
-NAMES += [
-    "model-1.safetensors/",
-    "./model-1.safetensors",
-    "loop",
-    "folder",
-    "link",
-    "*",
-    "{",
-    "@all",
-    "Linear",
-    "float32",
-    "lora",
-    "9" * 5000,
-]
-NAMES += ["\x1b[2J", "a\nb", f"{Q}\x1b[2J", r"(a|a)*\Z"]
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-2, 2**70),
-    st.sampled_from([-1, 0, 1, 2, 1 << 31, 1 << 63, 1 << 64, 10**400, 1e308, -0.0, float("nan"), float("inf")]),
-    st.sampled_from(NAMES),
-    st.text(max_size=6),
-)
-junk = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=6), inner, max_size=4),
-    max_leaves=8,
-)
-nested = st.sampled_from([100, 2000, 100_000]).map(lambda depth: b"[" * depth + b"]" * depth)
-places = st.floats(0, 1, exclude_max=True)
-changes = st.lists(st.tuples(places, st.sampled_from(["set", "delete", "add"]), junk), min_size=1, max_size=3)
-raw = st.one_of(
-    st.binary(max_size=40), nested, st.sampled_from([b"", b"{", b"{}", b"[]", b"null", b"\xef\xbb\xbf{}", b'{"a":1,"a":2}', b"NaN"])
-)
-cases = st.one_of(changes, changes, changes, raw)
-
-
-def _paths(value: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inside:
-        yield (*path, key)
-        yield from _paths(item, (*path, key))
-
-
-def spoiled(content: bytes, case: list[tuple[float, str, object]] | bytes) -> bytes:
-    """The JSON in `content` with values replaced, removed or added somewhere in it; or other bytes altogether."""
-    if isinstance(case, bytes):
-        return case
-    document = json.loads(content)
-    for place, action, value in case:
-        paths = list(_paths(document))
-        if not paths:
-            break
-        path = paths[int(place * len(paths))]
-        holder = document
-        for key in path[:-1]:
-            holder = holder[key]
-        if action == "delete":
-            del holder[path[-1]]
-        elif action == "add" and isinstance(holder, dict):
-            holder[str(value)[:20]] = copy.deepcopy(value)
-        else:
-            holder[path[-1]] = copy.deepcopy(value)
-    return json.dumps(document).encode()
-
-
 # Headers.
-
-layouts = st.dictionaries(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=10).filter(lambda name: name != "__metadata__"),
-    st.tuples(st.sampled_from(sorted(dtypes.SIZES)), st.lists(st.integers(0, 5), max_size=4).map(tuple)),
-    min_size=1,
-    max_size=4,
-)
-lengths = st.sampled_from([0, 1, 7, 100_000_000, 100_000_001, 1 << 31, 1 << 62, (1 << 63) + 5, (1 << 64) - 1])
-edits = st.lists(
-    st.one_of(
-        st.tuples(st.just("flip"), places, st.integers(0, 7)),
-        st.tuples(st.just("set"), places, st.sampled_from(list(b'"{}[]:,-0129.eE\\ \n\0tfn\xff\xc3'))),
-        st.tuples(
-            st.just("insert"), places, st.sampled_from([b"0", b"-", b'"', b",", b"{", b"}", b"[", b"]", b"e5", b".0", b"\\u0041", b" "])
-        ),
-        st.tuples(st.just("cut"), places, st.just(0)),
-        st.tuples(st.just("append"), places, st.integers(1, 9)),
-        st.tuples(st.just("length"), places, lengths),
-        st.tuples(st.just("twice"), places, st.integers(1, 60)),
-    ),
-    min_size=1,
-    max_size=3,
-)
-
-
-def edited(data: bytes, steps: list[tuple[str, float, Any]]) -> bytes:
-    for action, place, value in steps:
-        at = int(place * len(data))
-        if action == "flip" and data:
-            data = data[:at] + bytes([data[at] ^ 1 << value]) + data[at + 1 :]
-        elif action == "set":
-            data = data[:at] + bytes([value]) + data[at + 1 :]
-        elif action == "insert":  # the length is put right, so that the JSON is what is wrong
-            length = int.from_bytes(data[:8], "little") + len(value)
-            at = max(at, 8)
-            data = (length % (1 << 64)).to_bytes(8, "little") + data[8:at] + value + data[at:]
-        elif action == "cut":
-            data = data[:at]
-        elif action == "append":
-            data += bytes(value)
-        elif action == "length":
-            data = value.to_bytes(8, "little") + data[8:]
-        elif action == "twice":
-            length = int.from_bytes(data[:8], "little") + value
-            data = (length % (1 << 64)).to_bytes(8, "little") + data[8 : at + value] + data[at:]
-    return data
 
 
 STRICTER = ("which is not known here", "a name occurs twice", "which is all that the format knows")

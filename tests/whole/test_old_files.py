@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote is read, and gives the same bits. `fixtures/make.py` tells how it was written."""
+"""What version 0.1.0 wrote is read, and gives the same bits. `fixtures/make.py` shows how it was written."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_merge_of_old_adapters_is_the_old_merge(name: str, tmp_path: Path) -> 
     names, options = MERGES[name]
     given: Any = {Path("0.1.0/adapters", adapter): 1.0 for adapter in names}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", tg.TorchgraftWarning)  # what is quantised meets what is not
+        warnings.simplefilter("ignore", tg.TorchgraftWarning)  # adapters of quantized and of other weights are mixed
         tg.merge_checkpoint("0.1.0/base", given if len(names) > 1 else next(iter(given)), tmp_path / "merged", **options)
     old, new = content(OLD / "merged" / name), content(tmp_path / "merged")
     records = [json.loads(files.pop("torchgraft_merge.json")) for files in (old, new)]
