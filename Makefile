@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# Two processes of one thread each: more threads than cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Two processes of one thread each: more threads than cores wait for each other. COVERAGE=1 adds to the coverage data.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(if $(COVERAGE),--cov --cov-append --cov-report=)
+# Percent of lines and branches that the whole test suite reaches, in this process and its workers.
+FLOOR := 90
 
-.PHONY: demo test test-all lint wheel examples docs reference pictures bench bench-methods clean
+.PHONY: demo test test-slow test-all test-lowest test-pythons coverage coverage-report format lint wheel examples docs reference pictures \
+	bench bench-methods clean
 
 demo: .venv/demo
 	$(BIN)/python docs/demo/demo.py
@@ -13,10 +16,33 @@ demo: .venv/demo
 test: .venv/dev
 	$(PYTEST) -m "not slow"
 
+test-slow: .venv/dev
+	$(PYTEST) -m slow
+
 test-all: .venv/dev
 	$(PYTEST)
 
-lint: .venv/dev
+# With the lowest versions that pyproject.toml allows.
+test-lowest: .venv/dev
+	$(BIN)/nox -s lowest
+
+# With each of Python 3.11 to 3.13 that is installed.
+test-pythons: .venv/dev
+	$(BIN)/nox -s tests
+
+coverage: .venv/dev
+	rm -f .coverage .coverage.*
+	$(MAKE) test-all COVERAGE=1
+	$(MAKE) coverage-report
+
+coverage-report: .venv/dev
+	$(BIN)/coverage report --fail-under=$(FLOOR)
+
+format: .venv/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -27,7 +53,7 @@ wheel: .venv/dev
 	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
 	$(BIN)/check-wheel-contents dist
 
-# As a stranger has them: in an environment of its own, with the wheel; and a plugin just begun.
+# As users of plugins have them: in an environment of their own, with the wheel; and a plugin that was just begun.
 examples: HOME_BIN := $(CURDIR)/.venv/examples/bin
 examples: INSTALL = $(HOME_BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 examples: wheel
@@ -61,7 +87,7 @@ bench-methods: .venv/bench
 	$(BIN)/python docs/benchmarks/initialisation.py
 
 clean:
-	rm -rf .venv dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .nox dist docs/_build .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # torch comes first and pinned: a range would take a build with gigabytes of CUDA.
 .venv/torch: constraints.txt
@@ -69,18 +95,7 @@ clean:
 	$(PIP) torch
 	touch $@
 
-.venv/demo: .venv/torch pyproject.toml
-	$(PIP) --editable '.[demo]'
-	touch $@
-
-.venv/bench: .venv/torch pyproject.toml
-	$(PIP) --editable '.[bench]'
-	touch $@
-
-.venv/docs: .venv/torch pyproject.toml
-	$(PIP) --editable '.[docs]'
-	touch $@
-
-.venv/dev: .venv/torch pyproject.toml
-	$(PIP) --editable '.[dev]'
+# One rule for every extra of pyproject.toml that a target needs.
+.venv/demo .venv/bench .venv/docs .venv/lint .venv/dev: .venv/%: .venv/torch pyproject.toml
+	$(PIP) --editable '.[$*]'
 	touch $@
