@@ -16,6 +16,11 @@ from torchgraft.layers.roles import LINEAR_KINDS
 PREFIX = "base_model.model."
 
 
+def prefix(peft: object) -> str:
+    """Return the prefix of tensor names: PREFIX if the adapter has a PEFT layout or config (`peft`), else ""."""
+    return PREFIX if peft else ""
+
+
 def targets(sites: Sequence[str], modules: Iterable[str]) -> list[str] | str:
     """`target_modules` that match the sites and no other module: last segments, else whole names, else a regex."""
     names, wanted = list(modules), set(sites)

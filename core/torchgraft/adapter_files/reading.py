@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
+from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.peft_config import check_peft_config, meaning
 from torchgraft.checkpoint.header import Header, read_header
 from torchgraft.checkpoint.reading import read_tensor
@@ -40,6 +41,11 @@ class AdapterFiles:
     peft: dict[str, Any]
     """adapter_config.json; empty for a method that PEFT does not know."""
     tensor_file: Path
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of every tensor name in the file: PEFT's, or "" for a method that PEFT does not know."""
+        return peft_names.prefix(self.peft)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -103,7 +103,7 @@ def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _named_tensors(contents: Contents) -> dict[str, Tensor]:
     peft = contents.method.peft
-    prefix = peft_names.PREFIX if peft else ""
+    prefix = peft_names.prefix(peft)
     whole = contents.trained | (contents.also_saved if peft else {})
     tensors = {f"{prefix}{module}.{key}": tensor for module, state in whole.items() for key, tensor in state.items()}
     for saved in contents.sites:

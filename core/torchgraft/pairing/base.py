@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.checkpoint import fingerprint
 from torchgraft.checkpoint.reading import Checkpoint
@@ -93,9 +92,8 @@ def base_of_record(files: AdapterFiles) -> Base:
         )
         for site in sites
     }
-    prefix = peft_names.PREFIX if files.peft else ""
     also_train = files.native["also_train"]
-    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in files.shapes.items()}
+    shapes = {name.removeprefix(files.prefix): shape for name, (_, shape) in files.shapes.items()}
     return Base(
         str(files.directory),
         layers,

@@ -13,7 +13,7 @@ from torchgraft.pairing.naming import Naming, own_names
 from torchgraft.pairing.native import pair_native
 from torchgraft.pairing.pairing import Pairing
 from torchgraft.pairing.peft import pair_peft
-from torchgraft.pairing.tensor_checks import _prefix, check_tensors, check_weights
+from torchgraft.pairing.tensor_checks import check_tensors, check_weights
 
 
 def pair(files: AdapterFiles, base: Base) -> Pairing:
@@ -54,7 +54,7 @@ def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
     Raises:
         PairingError: two prefixes would do.
     """
-    names = [name.removeprefix(_prefix(files)) for name in files.shapes]
+    names = [name.removeprefix(files.prefix) for name in files.shapes]
     best = _best([exact, *_with_a_prefix(files, base, own_names(base.tensors), names)])
     if not best.problems:
         return best

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.errors import PairingError
 from torchgraft.method.config import Config
@@ -47,7 +46,7 @@ class Pairing:
     @property
     def tensor_names(self) -> dict[str, str]:
         """What the adapter calls the base's tensors that it changes → the base's names; empty if the names are the same."""
-        prefix = peft_names.PREFIX if self.files.peft else ""
+        prefix = self.files.prefix
         names = {f"{paired.own_name}.weight": f"{paired.site.name}.weight" for paired in self.sites}
         names |= {saved.removeprefix(prefix): own for own, saved in self.trained.items()}
         return names if any(name != own for name, own in names.items()) else {}

@@ -26,9 +26,9 @@ def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
     pairing, whole = Pairing(files, method, config, also_train=also_train), frozenset(also_train)
     tensors: dict[str, list[str]] = defaultdict(list)
     for key in files.shapes:
-        name = key.removeprefix(peft_names.PREFIX)
+        name = key.removeprefix(files.prefix)
         if name == key:
-            pairing.problems.append(f"the tensor {key!r} does not start with {peft_names.PREFIX!r}, as PEFT's names do")
+            pairing.problems.append(f"the tensor {key!r} does not start with {files.prefix!r}, as PEFT's names do")
         elif not is_inside(name, whole) and (owner := layer_of(name, base.layers)):
             tensors[owner].append(key)
     for name, keys in tensors.items():
@@ -48,7 +48,7 @@ def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors
         )
         return
     assert pairing.method.peft is not None
-    suffixes = {name.removeprefix(f"{peft_names.PREFIX}{layer.name}."): shape for name, shape in named.items()}
+    suffixes = {name.removeprefix(f"{files.prefix}{layer.name}."): shape for name, shape in named.items()}
     groups = layer.groups if is_module else pairing.method.peft.groups(layer.shape, suffixes)
     site = site_of(replace(layer, groups=groups))
     try:
@@ -84,7 +84,7 @@ def _saved_modules(files: AdapterFiles, base: Base) -> tuple[str, ...]:
     """The base's modules that `modules_to_save` names; and the names that it alone explains, though the base lacks them."""
     wanted = tuple(files.peft.get("modules_to_save") or [])
     found = peft_names.saved_modules(wanted, _parents(base.tensors))
-    in_file = _parents(name.removeprefix(peft_names.PREFIX) for name in files.shapes)
+    in_file = _parents(name.removeprefix(files.prefix) for name in files.shapes)
     absent = [name for name in in_file if any(name == want or name.endswith(f".{want}") for want in wanted) and not is_inside(name, found)]
     return (*found, *absent)
 

@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Container, Iterable
 from dataclasses import replace
 
-from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.checkpoint import fingerprint
 from torchgraft.dtypes import ADAPTABLE
@@ -23,7 +22,7 @@ OTHER_BASE = "the base's weight is not the one that the adapter was made for: an
 
 def check_tensors(pairing: Pairing, base: Base) -> None:
     """Every expected tensor is there with its shape, and there is no other."""
-    files, used, prefix = pairing.files, set[str](), _prefix(pairing.files)
+    files, used, prefix = pairing.files, set[str](), pairing.files.prefix
     for index, paired in enumerate(pairing.sites):
         expected = _expected(pairing, paired)
         named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
@@ -62,14 +61,9 @@ def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[s
     return found
 
 
-def _prefix(files: AdapterFiles) -> str:
-    """What stands before the names in the file."""
-    return peft_names.PREFIX if files.peft else ""
-
-
 def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
     """PEFT saves the frozen weight of a targeted embedding or head, too: that tensor's name, or ""."""
-    name = f"{peft_names.PREFIX}{paired.own_name}.base_layer.weight"
+    name = f"{files.prefix}{paired.own_name}.base_layer.weight"
     return name if files.peft and files.shapes.get(name, ("", ()))[1] == paired.site.shape else ""
 
 
@@ -112,7 +106,7 @@ def _type_problem(files: AdapterFiles, name: str) -> str:
 def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        bare = name.removeprefix(_prefix(pairing.files))
+        bare = name.removeprefix(pairing.files.prefix)
         owner = layer_of(bare, base.layers)
         module = owner or ".".join(bare.split(".")[:-2]) or bare
         groups[module].append(name)
