@@ -15,7 +15,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torchgraft.checkpoint.header import TensorEntry
 from torchgraft.checkpoint.reading import Checkpoint
@@ -93,54 +93,64 @@ def module_names(checkpoint: Checkpoint) -> list[str]:
 
 def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Layer:
     weight = tensors.get("weight") or max(tensors.values(), key=lambda entry: entry.numel)
-    kind, reason = None, ""
+    verdict = Verdict()
     if "weight" in tensors and len(weight.shape) > 1:
-        kind, reason = _kind(name, tensors, model_type)
+        verdict = _kind(name, tensors, model_type)
     elif "experts" in name.split(".") and len(weight.shape) > 2:  # as transformers 5 holds them: all in one tensor
-        reason = OF_EXPERTS
-    is_open = reason is UNKNOWN
+        verdict = Verdict(reason=OF_EXPERTS)
     params = size = 0
     for entry in tensors.values():
         params += prod(entry.shape)
         size += entry.end - entry.begin
     return Layer(
         name=name,
-        kind=kind,
+        kind=verdict.kind,
         shape=weight.shape,
         dtype=weight.dtype,
         params=params,
         bytes=size,
         has_bias="bias" in tensors,
-        reason=UNKNOWN.format(name=name) if is_open else reason,
+        reason=verdict.reason,
         has_weight="weight" in tensors,
-        is_open=is_open,
+        is_open=verdict.is_open,
     )
 
 
-def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> tuple[str | None, str]:
-    """The kind, or None and why; UNKNOWN if it could have one."""
+class Verdict(NamedTuple):
+    """What names and shapes show about a layer's kind."""
+
+    kind: str | None = None
+    reason: str = ""
+    """Why it has no kind."""
+    is_open: bool = False
+    """Whether only its orientation is unknown, so that `--kind` can set the kind."""
+
+
+def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Verdict:
+    """Determine the kind of a layer with a matrix, or why it has none."""
+    unknown = Verdict(reason=UNKNOWN.format(name=name), is_open=True)
     shape, dtype = tensors["weight"].shape, tensors["weight"].dtype
     segments = name.split(".")
     leaf = segments[-1]
     if dtype not in ADAPTABLE:
-        return None, f"has a weight of type {dtype}, which is quantized"
+        return Verdict(reason=f"has a weight of type {dtype}, which is quantized")
     if any(fnmatchcase(name, pattern) for pattern in _own_forwards(model_type)):
-        return None, "is an embedding with a forward of its own, which scales or shifts what it looks up"
+        return Verdict(reason="is an embedding with a forward of its own, which scales or shifts what it looks up")
     if "experts" in segments or leaf in ("gate", "router"):
-        return None, OF_EXPERTS
+        return Verdict(reason=OF_EXPERTS)
     if leaf not in CONV1D_LEAVES and _outputs(tensors) not in (None, shape[0]):
-        return None, UNKNOWN  # the bias contradicts what the name says
+        return unknown  # the bias contradicts what the name says
     if len(shape) > 2:
         is_conv = leaf in CONV_LEAVES or (leaf == "proj" and any("patch_embed" in segment for segment in segments))
-        return (f"Conv{len(shape) - 2}d", "") if is_conv and len(shape) <= 5 else (None, UNKNOWN)
+        return Verdict(f"Conv{len(shape) - 2}d") if is_conv and len(shape) <= 5 else unknown
     if leaf in CONV1D_LEAVES:
         kind = _transposed(tensors, model_type)
-        return kind, "" if kind else UNKNOWN
+        return Verdict(kind) if kind else unknown
     if leaf in EMBEDDING_LEAVES:
-        return "Embedding", ""
+        return Verdict("Embedding")
     if leaf in LINEAR_LEAVES or not HEADS.isdisjoint(segments) or _outputs(tensors) == shape[0] != shape[1]:
-        return "Linear", ""
-    return None, UNKNOWN
+        return Verdict("Linear")
+    return unknown
 
 
 @cache
