@@ -398,7 +398,7 @@ FILES = {
     "only tensors": Damage(leave_only("adapter_model.safetensors"), r"no adapter_config\.json"),
     "an adapter in a subfolder": Damage(into_a_subfolder, r"there are adapters in it: french"),
     "a record of the future": Damage(lambda d: edit_json(d / "torchgraft.json", format=99), r"format 99.*upgrade"),
-    "a record without sites": Damage(lambda d: edit_json(d / "torchgraft.json", sites=None), r"torchgraft\.json: it lacks"),
+    "a record without sites": Damage(lambda d: edit_json(d / "torchgraft.json", sites=None), r"torchgraft\.json: invalid record: sites: "),
     "a record that is no JSON": Damage(lambda d: (d / "torchgraft.json").write_text("{") and None, r"json: not readable as JSON"),
     "no directory": Damage(lambda d: d.rename(d.with_name("elsewhere")) and None, r"no such directory"),
 }

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.peft_config import meaning
-from torchgraft.adapter_files.reading import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS
+from torchgraft.adapter_files.reading import NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS
+from torchgraft.adapter_files.record import FORMAT
 from torchgraft.disk import json_bytes, replace_file
 from torchgraft.errors import FileFormatError
 from torchgraft.hashes import sha256_of_bytes

@@ -98,7 +98,7 @@ def export_adapter(
         also_train=tuple(whole),
         also_saved={},
         modules=None if checkpoint is None or names else module_names(checkpoint),
-        base=files.native.get("base") or files.peft.get("base_model_name_or_path"),
+        base=files.base,
     )
     with new_directory(target) as directory:
         write(contents, directory, native=False)

@@ -81,18 +81,15 @@ def layer_of(tensor: str, layers: Mapping[str, Layer]) -> str:
 
 def base_of_record(files: AdapterFiles) -> Base:
     """The base as far as our record describes it."""
-    if not files.native:
+    if files.record is None:
         raise FileFormatError(
             f"{files.directory}: PEFT wrote it, and it does not tell the layers' kinds and shapes; give its base: --base MODEL"
         )
-    sites = files.native["sites"]
     layers = {
-        site["name"]: Layer(
-            site["name"], site["kind"], tuple(site["shape"]), site["dtype"], 0, 0, site.get("bias", False), site.get("groups", 1)
-        )
-        for site in sites
+        name: Layer(name, site.kind, site.shape, site.dtype, 0, 0, site.bias or False, site.groups)
+        for name, site in files.recorded_sites.items()
     }
-    also_train = files.native["also_train"]
+    also_train = files.record.also_train
     shapes = {name.removeprefix(files.prefix): shape for name, (_, shape) in files.shapes.items()}
     return Base(
         str(files.directory),

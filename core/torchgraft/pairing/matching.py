@@ -43,7 +43,7 @@ def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairin
 
 def _match(files: AdapterFiles, base: Base) -> Pairing:
     """By names, kinds and shapes."""
-    pairing = pair_native(files, base) if files.native else pair_peft(files, base)
+    pairing = pair_native(files, base) if files.record else pair_peft(files, base)
     check_tensors(pairing, base)
     return pairing
 

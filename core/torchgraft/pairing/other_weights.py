@@ -18,22 +18,24 @@ def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site], *, requantize
         requantized: the weights are quantised again as they were.
         over_others: other adapters are merged before it.
     """
-    recorded = {pairing.renamed.get(site["name"], site["name"]): site for site in pairing.files.native.get("sites", [])}
+    recorded = {pairing.renamed.get(name, name): site for name, site in pairing.files.recorded_sites.items()}
     quantized, alone = [], []
     for site in sites:
-        record = recorded.get(site.name, {})
-        if not requantized and "quantization" in record and _codes(record["quantization"]) != _codes(site.quantization):
+        record = recorded.get(site.name)
+        if record is None:
+            continue
+        if not requantized and record.quantization and _codes(record.quantization) != _codes(site.quantization):
             quantized.append(site)
-        if record.get("beneath") and not over_others and not (site.beneath and site.beneath.names()):
+        if record.beneath and not over_others and not (site.beneath and site.beneath.names()):
             alone.append(site)
     if quantized:
-        was, now = recorded[quantized[0].name]["quantization"], quantized[0].quantization or quantized[0].dtype
+        was, now = recorded[quantized[0].name].quantization, quantized[0].quantization or quantized[0].dtype
         _warn(
             quantized,
             f"it was trained on quantized weights, {was}, and here they are {now}: its effect will not be quite the same",
         )
     if alone:
-        names = ", ".join(recorded[alone[0].name]["beneath"])
+        names = ", ".join(recorded[alone[0].name].beneath)
         _warn(alone, f"it was trained over {names}, and depends on that: it must be in the weights or on the layer before")
 
 

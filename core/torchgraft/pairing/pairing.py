@@ -54,7 +54,7 @@ class Pairing:
     @property
     def caveat(self) -> str:
         """What cannot be told of an adapter: of one that PEFT wrote, or that another version of a plugin made; or ""."""
-        if self.files.native:
+        if self.files.record:
             return self.other_plugin
         named = self.files.peft.get("base_model_name_or_path")
         return (
@@ -65,8 +65,10 @@ class Pairing:
     @property
     def other_plugin(self) -> str:
         """Which other plugin, or version of it, the adapter was made with; or "". The bundled ones read what earlier ones wrote."""
-        recorded, info = self.files.native.get("method", {}), registry().info(self.method.name)
-        made = (recorded.get("distribution", ""), recorded.get("version", ""))
+        if self.files.record is None:
+            return ""
+        recorded, info = self.files.record.method, registry().info(self.method.name)
+        made = (recorded.distribution or "", recorded.version or "")
         if made == (info.distribution, info.version) or made[0] == info.distribution == DISTRIBUTION or not made[0]:
             return ""
         return (

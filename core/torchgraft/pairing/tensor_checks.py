@@ -34,8 +34,8 @@ def check_tensors(pairing: Pairing, base: Base) -> None:
             for suffix, shape in expected.items()
         )
         pairing.problems += [problem for problem in problems if problem]
-    absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # a problem already
-    whole, saved = frozenset(pairing.also_train), frozenset(files.native.get("also_saved", []))
+    absent = [name for name in files.recorded_sites if name not in base.layers]  # a problem already
+    whole, saved = frozenset(pairing.also_train), frozenset(files.record.also_saved if files.record else ())
     inside_of = _inside(base.tensors, whole)
     for module in pairing.also_train:
         inside = {name: base.tensors[name] for name in inside_of.get(module, ())}
@@ -69,10 +69,9 @@ def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
 
 def check_weights(pairing: Pairing, base: Base) -> None:
     """The base's weights are those that the adapter was made for, as far as it tells."""
-    recorded = {entry["name"]: entry for entry in pairing.files.native.get("sites", [])}
     for paired in pairing.sites:
-        site, entry = paired.site, recorded.get(paired.own_name, {})
-        known = [(entry.get("dtype", ""), entry.get("fingerprint", ""))]
+        site, entry = paired.site, pairing.files.recorded_sites.get(paired.own_name)
+        known = [(entry.dtype, entry.fingerprint)] if entry else []
         if name := _frozen_copy(pairing.files, paired):
             known.append((pairing.files.shapes[name][0], fingerprint.of_tensor(pairing.files.read(name))))
         for dtype, print_ in known:

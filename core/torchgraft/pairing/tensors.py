@@ -52,8 +52,8 @@ class AdapterTensors:
         self._pairing = pairing
         sites = [paired.site for paired in pairing.sites]
         self._shared = make_shared(registry().hooks(pairing.method.name), sites, pairing.config)
-        found, recorded = self._shared.digests(), pairing.files.native.get("shared", {})
-        if found != recorded and pairing.files.native:
+        found, recorded = self._shared.digests(), pairing.files.record
+        if recorded and found != recorded.shared:
             raise PairingError(
                 f"{pairing.files.directory}: the tensors that its layers share are not saved, and {pairing.method.name} now makes other "
                 "ones than it was trained with; use the versions of torch and of the plugin that it was made with"
