@@ -29,14 +29,18 @@ class LowRankPeft:
     def __init__(self, *, claims: bool = True) -> None:
         self.claims = claims
 
-    IGNORED = frozenset(
-        "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out "
-        "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha "
-        "lora_dropout lora_ga_config megatron_core modules_to_save alpha_pattern rank_pattern peft_type "
-        "peft_version qalora_group_size r revision runtime_config target_modules task_type use_rslora "
-        "use_dora bias".split()
+    READ = frozenset(
+        "alpha_pattern base_model_name_or_path bias exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha "
+        "lora_dropout modules_to_save peft_type r rank_pattern target_modules use_dora use_rslora".split()
     )
-    """What the engine or this class reads, or what has no effect on a trained adapter."""
+    """Entries of adapter_config.json that the engine or this class reads."""
+    HARMLESS = frozenset(
+        "auto_mapping corda_config eva_config fan_in_fan_out inference_mode loftq_config lora_ga_config megatron_core peft_version "
+        "qalora_group_size revision runtime_config task_type".split()
+    )
+    """Entries without effect on a trained adapter."""
+    IGNORED = READ | HARMLESS
+    """Entries that `from_config` accepts with any value."""
 
     def document(self, sites: Sequence[tuple[Site, LowRankConfig]], default: LowRankConfig) -> dict[str, Any]:
         rooted = default.scaling == "alpha/sqrt(r)"
@@ -61,8 +65,35 @@ class LowRankPeft:
         return rank, int(alpha) if alpha == int(alpha) else alpha
 
     def from_config(self, peft: Mapping[str, Any], site: Site | None = None) -> LowRankConfig | None:
-        if not self.claims or peft.get("peft_type") != "LORA" or peft.get("use_dora"):
-            return None
+        return self._config(peft, site) if self._is_own(peft) else None
+
+    def _is_own(self, peft: Mapping[str, Any]) -> bool:
+        """Whether this method reads such an adapter."""
+        return self.claims and peft.get("peft_type") == "LORA" and not peft.get("use_dora")
+
+    def _config(self, peft: Mapping[str, Any], site: Site | None) -> LowRankConfig:
+        """Convert the config.
+
+        Raises:
+            PairingError: it has an entry that the method does not support.
+        """
+        self._check(peft)
+        rank, alpha, groups = peft.get("r", 8), float(peft.get("lora_alpha", 8)), site.groups if site is not None else 1
+        if rank % groups:
+            raise PairingError(f"{site.name if site else ''}: r = {rank} is no multiple of the layer's {groups} groups")
+        return LowRankConfig(
+            rank=rank // groups,
+            alpha=alpha / (sqrt(groups) if peft.get("use_rslora") else groups),
+            dropout=float(peft.get("lora_dropout", 0.0)),
+            scaling="alpha/sqrt(r)" if peft.get("use_rslora") else "alpha/r",
+        )
+
+    def _check(self, peft: Mapping[str, Any]) -> None:
+        """Refuse entries that the method does not support.
+
+        Raises:
+            PairingError: there is one.
+        """
         if peft.get("bias", "none") != "none":
             raise PairingError(f"adapter_config.json: bias={peft['bias']!r}: trained biases are not supported; only bias='none' is")
         start = peft.get("init_lora_weights")
@@ -74,15 +105,6 @@ class LowRankPeft:
         for key, value in peft.items():
             if value and key not in self.IGNORED:
                 raise PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
-        rank, alpha, groups = peft.get("r", 8), float(peft.get("lora_alpha", 8)), site.groups if site is not None else 1
-        if rank % groups:
-            raise PairingError(f"{site.name if site else ''}: r = {rank} is no multiple of the layer's {groups} groups")
-        return LowRankConfig(
-            rank=rank // groups,
-            alpha=alpha / (sqrt(groups) if peft.get("use_rslora") else groups),
-            dropout=float(peft.get("lora_dropout", 0.0)),
-            scaling="alpha/sqrt(r)" if peft.get("use_rslora") else "alpha/r",
-        )
 
     def groups(self, shape: Shape, tensors: Mapping[str, Shape]) -> int:
         first = tensors.get("lora_A.weight", ())  # it sees all input channels, the layer's weight those of one group
