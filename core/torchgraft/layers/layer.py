@@ -57,13 +57,18 @@ class Layer:
         if not self.tied or (HEAD in (self.name, *self.tied) and len(self.tied) == 1):
             return ""
         return (
-            f"{self.name}: its weight is also that of {', '.join(self.tied)} (config.json ties them), so merging would change both. "
+            f"{shares_weight(self.name, self.tied)} (config.json ties them), so merging would change both. "
             "Untie them first: save the model with tie_word_embeddings=False and a head of its own"
         )
 
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
+
+
+def shares_weight(name: str, others: Iterable[str]) -> str:
+    """Return the start of a message about tied weights."""
+    return f"{name}: its weight is also that of {', '.join(others)}"
 
 
 def outer_names(name: str) -> Iterator[str]:
