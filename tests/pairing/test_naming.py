@@ -140,7 +140,7 @@ def test_a_head_that_the_bare_model_lacks_is_named_and_nothing_else(form: str, t
     model = build("bert")
     model.bert.save_pretrained(tmp_path / "base")
     adapter = made(model, ["query", "value"], tmp_path / "adapter", form, also_train=["classifier"])
-    assert refused(tmp_path / "base", adapter, adapt) == ["classifier: the base has no such module; the adapter holds it whole"]
+    assert refused(tmp_path / "base", adapter, adapt) == ["classifier: the base has no such module; the adapter contains it"]
     out = adapt("check", tmp_path / "base", adapter).out
     assert out.startswith("note: the adapter's bert.encoder.* are encoder.* here\nproblem: classifier: ")
 
@@ -338,7 +338,7 @@ def test_a_whole_module_whose_inside_is_renamed_is_merged_but_not_replaced_in_me
     on_files = tmp_path / "on files"
     options = ["--plugin", "lora", "--target", "*.0.*.query", "--also-train", "vit.encoder.layer.1"]
     assert adapt("apply", tmp_path / "base", *options, "-o", on_files).code == 0
-    with pytest.raises(tg.PairingError, match=r"vit\.encoder\.layer\.1: the adapter holds it whole, .* cannot be replaced"):
+    with pytest.raises(tg.PairingError, match=r"vit\.encoder\.layer\.1: the adapter contains the whole module, .* cannot be replaced"):
         tg.load(build("vit"), on_files)
 
 

@@ -307,7 +307,7 @@ def test_a_square_layer_of_another_kind_is_refused(tmp_path: Path, adapt: Adapt)
     transposed, linear = holding(Conv1D(8, 8)), holding(nn.Linear(8, 8))
     linear.load_state_dict(transposed.state_dict())
     tg.apply(transposed, "lora", ["c_proj"], rank=2).save(tmp_path / "adapter")
-    says = r"h\.0\.c_proj: the adapter was made for a Conv1D, the base has a Linear there"
+    says = r"h\.0\.c_proj: the adapter expects a Conv1D, the base has a Linear"
     assert found(says, [str(refused_by_load(linear, tmp_path / "adapter"))])
     for model_type in ("gpt2", "gpt_neo"):
         (tmp_path / model_type).mkdir()
@@ -369,7 +369,7 @@ def test_a_malformed_peft_config_is_refused(values: dict[str, Any], adapter: Pat
 @as_peft_wrote_it
 def test_a_layer_that_the_config_targets_needs_tensors(adapter: Path, base: Path, adapt: Adapt) -> None:
     edit_json(adapter / "adapter_config.json", target_modules=["q_proj", "down_proj", "layers.1.self_attn.v_proj"])
-    says = r"model\.layers\.1\.self_attn\.v_proj: the adapter's target_modules name this layer, and there is no tensor for it"
+    says = r"model\.layers\.1\.self_attn\.v_proj: target_modules match this layer, but the adapter has no tensor for it"
     problems = refused_by_command(adapt, base, adapter)
     assert [bool(re.search(says, problem)) for problem in problems] == [True]
     assert found(says, [str(refused_by_load(llama(), adapter))])
@@ -394,9 +394,9 @@ def leave_only(*names: str) -> Callable[[Path], None]:
 FILES = {
     "another file beside the record": Damage(change_a_byte, r"adapter_model\.safetensors: .*hashes differ.*remove torchgraft\.json"),
     "no tensors": Damage(leave_only("torchgraft.json", "adapter_config.json"), r"adapter_model\.safetensors is missing"),
-    "nothing": Damage(leave_only(), r"no adapter_config\.json in it, so it is no adapter directory$"),
+    "nothing": Damage(leave_only(), r"not an adapter directory: it contains no adapter_config\.json$"),
     "only tensors": Damage(leave_only("adapter_model.safetensors"), r"no adapter_config\.json"),
-    "an adapter in a subfolder": Damage(into_a_subfolder, r"there are adapters in it: french"),
+    "an adapter in a subfolder": Damage(into_a_subfolder, r"it contains adapters: french"),
     "a record of the future": Damage(lambda d: edit_json(d / "torchgraft.json", format=99), r"format 99.*upgrade"),
     "a record without sites": Damage(lambda d: edit_json(d / "torchgraft.json", sites=None), r"torchgraft\.json: invalid record: sites: "),
     "a record that is no JSON": Damage(lambda d: (d / "torchgraft.json").write_text("{") and None, r"json: not readable as JSON"),
@@ -411,7 +411,7 @@ def test_what_is_no_sound_adapter_directory_is_refused(damage: Damage, adapter: 
 
 
 def test_a_model_in_the_adapter_s_place_and_the_reverse_are_refused(adapter: Path, base: Path, adapt: Adapt) -> None:
-    assert "so it is no adapter directory" in str(refused_by_load(llama(), base, tg.FileFormatError))
+    assert "not an adapter directory" in str(refused_by_load(llama(), base, tg.FileFormatError))
     assert re.search(r"adapter directory.*base model is needed", adapt("check", adapter, adapter).err)
     assert "give the adapter's directory" in str(refused_by_load(llama(), adapter / "adapter_model.safetensors", tg.FileFormatError))
 

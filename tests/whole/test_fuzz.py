@@ -369,7 +369,7 @@ def edited(data: bytes, steps: list[tuple[str, float, Any]]) -> bytes:
     return data
 
 
-STRICTER = ("which is not known here", "a name occurs twice", "which is all that the format knows")
+STRICTER = ("which torchgraft does not know", "a name occurs twice", "which is all that the format allows")
 """What we refuse and the library reads: dtypes that our torch may not have, a name for two things, and keys without a meaning."""
 
 

@@ -1,4 +1,4 @@
-"""How low-rank methods' adapters stand in PEFT's files."""
+"""Convert the adapters of low-rank methods to PEFT's files and back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LowRankPeft:
     """The layout of PEFT's LORA type: suffixes lora_A.weight and lora_B.weight, or lora_embedding_A and _B.
 
     Args:
-        claims: whether this method is the one that reads what PEFT itself wrote.
+        claims: whether this method reads adapters that PEFT wrote.
     """
 
     def __init__(self, *, claims: bool = True) -> None:
@@ -80,7 +80,7 @@ class LowRankPeft:
         self._check(peft)
         rank, alpha, groups = peft.get("r", 8), float(peft.get("lora_alpha", 8)), site.groups if site is not None else 1
         if rank % groups:
-            raise PairingError(f"{site.name if site else ''}: r = {rank} is no multiple of the layer's {groups} groups")
+            raise PairingError(f"{site.name if site else ''}: r = {rank} is not a multiple of the layer's {groups} groups")
         return LowRankConfig(
             rank=rank // groups,
             alpha=alpha / (sqrt(groups) if peft.get("use_rslora") else groups),
@@ -99,7 +99,7 @@ class LowRankPeft:
         start = peft.get("init_lora_weights")
         if start not in (None, True, False, "gaussian", "orthogonal", "eva"):
             raise PairingError(
-                f"adapter_config.json: init_lora_weights={start!r}: PEFT takes such an adapter's start out of the base's weights; "
+                f"adapter_config.json: init_lora_weights={start!r}: PEFT subtracts its initial value from the base's weights; "
                 "save it with PEFT's path_initial_model_for_weight_conversion=…, which makes it a plain LoRA"
             )
         for key, value in peft.items():
@@ -107,7 +107,7 @@ class LowRankPeft:
                 raise PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
 
     def groups(self, shape: Shape, tensors: Mapping[str, Shape]) -> int:
-        first = tensors.get("lora_A.weight", ())  # it sees all input channels, the layer's weight those of one group
+        first = tensors.get("lora_A.weight", ())  # A has all input channels, the weight only those of one group
         return max(1, first[1] // shape[1]) if len(shape) > 2 and len(first) == len(shape) and shape[1] else 1
 
     def shapes(self, site: Site, config: LowRankConfig) -> dict[str, Shape]:
@@ -140,12 +140,12 @@ class LowRankPeft:
         return ("lora_embedding_A", "lora_embedding_B") if site.kind.name == "Embedding" else ("lora_A.weight", "lora_B.weight")
 
     def _peft_rank(self, site: Site, config: LowRankConfig) -> int:
-        """PEFT has no A0, B0: they are appended to A, B. Nor has it one A for all groups: it is repeated in each."""
+        """Return the rank in PEFT's files: A0 and B0 are appended to A and B, and A is repeated for each group."""
         return config.rank * (2 if config.init == "pissa" else 1) * site.groups
 
 
 def _block_diagonal(filters: Tensor, groups: int) -> Tensor:
-    """(r, in/g, k…) → (g·r, in, k…): the same filters for each group's own inputs, zero for the others'."""
+    """(r, in/g, k…) → (g·r, in, k…): repeat the filters for the inputs of each group, with zeros elsewhere."""
     r, width, *kernel = filters.shape
     whole = filters.new_zeros(groups, r, groups, width, *kernel)
     for group in range(groups):
@@ -154,13 +154,13 @@ def _block_diagonal(filters: Tensor, groups: int) -> Tensor:
 
 
 def _from_block_diagonal(site: Site, whole: Tensor) -> Tensor:
-    """The inverse of `_block_diagonal`."""
+    """Invert `_block_diagonal`."""
     rows, columns = whole.shape[:2]
     r = rows // site.groups
     filters = whole[:r, : columns // site.groups]
     if not _block_diagonal(filters, site.groups).equal(whole):
         raise PairingError(
-            f"{site.name}: this adapter connects inputs and outputs across the layer's {site.groups} groups, so it is no change of "
+            f"{site.name}: this adapter connects inputs and outputs across the layer's {site.groups} groups, so it is not a change of "
             "the layer's weight; PEFT's grouped convolutions cannot be merged"
         )
     return filters

@@ -1,4 +1,4 @@
-"""An adapter directory as it lies on disk, read and checked without torch."""
+"""Read and check an adapter directory without importing torch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ STATE_TENSORS = "torchgraft_state.safetensors"
 
 @dataclass(frozen=True)
 class AdapterFiles:
+    """The files of an adapter directory."""
+
     directory: Path
     record: AdapterRecord | None
-    """torchgraft.json; None for an adapter that PEFT wrote."""
+    """Contents of torchgraft.json; None for an adapter that PEFT wrote."""
     peft: dict[str, Any]
-    """adapter_config.json; empty for a method that PEFT does not know."""
+    """Contents of adapter_config.json; empty for a method that PEFT does not know."""
     tensor_file: Path
 
     @property
@@ -61,17 +63,17 @@ class AdapterFiles:
         return {name: (entry.dtype, entry.shape) for name, entry in self._header.tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor, by its name in the file."""
+        """Read one tensor by its name in the file."""
         if self.tensor_file.suffix == ".bin":
             return self._pickled[name]
         with self.tensor_file.open("rb") as file:
             return read_tensor(file, self._header.tensors[name])
 
     def read_state(self) -> dict[str, Any]:
-        """What the method kept between its steps.
+        """Read the state that the method stores between its steps.
 
         Raises:
-            FileFormatError: its tensors are missing, or not those that were saved.
+            FileFormatError: the file of its tensors is missing, or is not the one that was saved.
         """
         state = self.record.state if self.record else None
         if state is None:
@@ -80,12 +82,12 @@ class AdapterFiles:
             return dict(state.values)
         path = self.directory / STATE_TENSORS
         if not path.is_file() or sha256_of_file(path) != state.sha256:
-            raise FileFormatError(f"{path}: it is missing or not the file that {NATIVE} describes; copy the whole directory again")
+            raise FileFormatError(f"{path}: this file is missing or is not the one that {NATIVE} describes; copy the whole directory again")
         with path.open("rb") as file:
             return {**state.values, **{name: read_tensor(file, entry) for name, entry in read_header(path).tensors.items()}}
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every tensor, by its name in the file."""
+        """Read all tensors, by their names in the file."""
         if self.tensor_file.suffix == ".bin":
             return self._pickled
         with self.tensor_file.open("rb") as file:
@@ -101,7 +103,7 @@ class AdapterFiles:
 
         try:
             loaded = torch.load(self.tensor_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for what is no safe pickle of tensors
+        except Exception as error:  # torch raises many types for an unsafe or broken pickle
             raise FileFormatError(
                 f"{self.tensor_file}: not readable as tensors only ({type(error).__name__}); save the adapter as safetensors"
             ) from error
@@ -111,10 +113,10 @@ class AdapterFiles:
 
 
 def read_adapter(directory: str | Path) -> AdapterFiles:
-    """Read an adapter directory, ours or PEFT's.
+    """Read an adapter directory, torchgraft's or PEFT's.
 
     Raises:
-        FileFormatError: it is no adapter directory, or a file in it is missing or broken.
+        FileFormatError: it is not an adapter directory, or a file in it is missing or broken.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -124,7 +126,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     document = read_json(root / NATIVE, missing_ok=True)
     peft = read_json(root / PEFT_CONFIG, missing_ok=True)
     if not document and not peft:
-        raise FileFormatError(f"{root}: no {PEFT_CONFIG} in it, so it is no adapter directory{_elsewhere(root)}")
+        raise FileFormatError(f"{root}: not an adapter directory: it contains no {PEFT_CONFIG}{_elsewhere(root)}")
     record = parse_record(root / NATIVE, document) if document else None
     if peft:
         check_peft_config(root / PEFT_CONFIG, peft)
@@ -139,7 +141,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
         )
     if record and peft and record.peft_config not in (None, meaning(peft)):
         raise FileFormatError(
-            f"{root / PEFT_CONFIG}: it was changed since {NATIVE} was written, and the two now describe different adapters; "
+            f"{root / PEFT_CONFIG}: this file changed after {NATIVE} was written, and the two describe different adapters; "
             f"undo the change, or remove {NATIVE} to read it as a plain PEFT adapter"
         )
     return AdapterFiles(root, record, peft, tensor_file)
@@ -147,4 +149,4 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
 
 def _elsewhere(root: Path) -> str:
     inside = sorted(path.parent.name for path in root.glob(f"*/{PEFT_CONFIG}"))
-    return f"; there are adapters in it: {', '.join(inside[:5])}" if inside else ""
+    return f"; it contains adapters: {', '.join(inside[:5])}" if inside else ""

@@ -1,4 +1,4 @@
-"""Telling where an adapter meets other weights than those that it was trained on."""
+"""Warn where the weights differ from those that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torchgraft.pairing.pairing import Pairing
 
 
 def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site], *, requantized: bool = False, over_others: bool = False) -> None:
-    """Say where an adapter that was trained on quantised weights, or over other adapters, meets other weights.
+    """Warn if an adapter was trained on quantized weights or over earlier adapters, and the weights here differ.
 
     Args:
-        requantized: the weights are quantised again as they were.
-        over_others: other adapters are merged before it.
+        requantized: the weights are quantized again as they were.
+        over_others: earlier adapters are merged before it.
     """
     recorded = {pairing.renamed.get(name, name): site for name, site in pairing.files.recorded_sites.items()}
     quantized, alone = [], []
@@ -40,7 +40,7 @@ def warn_of_other_weights(pairing: Pairing, sites: Iterable[Site], *, requantize
 
 
 def _codes(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides about the stored weight; a layer may settle in its first forward what it computes in."""
+    """Return the fields that determine the stored codes. compute_dtype is ignored: bitsandbytes may set it in the first forward."""
     return {key: value for key, value in quantization.items() if key != "compute_dtype"}
 
 

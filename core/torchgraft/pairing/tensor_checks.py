@@ -1,4 +1,4 @@
-"""Whether an adapter's tensors, and the base's weights, are those that are expected."""
+"""Check that an adapter's tensors and the base's weights are the expected ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OTHER_BASE = "the base's weight is not the one that the adapter was made for: an
 
 
 def check_tensors(pairing: Pairing, base: Base) -> None:
-    """Every expected tensor is there with its shape, and there is no other."""
+    """Check that every expected tensor is present with its shape, and that there are no others."""
     files, used, prefix = pairing.files, set[str](), pairing.files.prefix
     for index, paired in enumerate(pairing.sites):
         expected = _expected(pairing, paired)
@@ -34,14 +34,14 @@ def check_tensors(pairing: Pairing, base: Base) -> None:
             for suffix, shape in expected.items()
         )
         pairing.problems += [problem for problem in problems if problem]
-    absent = [name for name in files.recorded_sites if name not in base.layers]  # a problem already
+    absent = [name for name in files.recorded_sites if name not in base.layers]  # already reported
     whole, saved = frozenset(pairing.also_train), frozenset(files.record.also_saved if files.record else ())
     inside_of = _inside(base.tensors, whole)
     for module in pairing.also_train:
         inside = {name: base.tensors[name] for name in inside_of.get(module, ())}
         if not inside:
             absent.append(module)
-            pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter holds it whole")
+            pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter contains it")
         pairing.trained.update({name: prefix + name for name in inside})
         pairing.problems += [p for name, shape in inside.items() if (p := _problem(files, prefix + name, shape))]
         used.update(prefix + name for name in inside)
@@ -52,7 +52,7 @@ def check_tensors(pairing: Pairing, base: Base) -> None:
 
 
 def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[str]]:
-    """Module → the tensors in it."""
+    """Map each module to the tensors in it."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         for outer in outer_names(name):
@@ -62,13 +62,13 @@ def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[s
 
 
 def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
-    """PEFT saves the frozen weight of a targeted embedding or head, too: that tensor's name, or ""."""
+    """Return the name of the frozen weight that PEFT also saves for a targeted embedding or head, or ""."""
     name = f"{files.prefix}{paired.own_name}.base_layer.weight"
     return name if files.peft and files.shapes.get(name, ("", ()))[1] == paired.site.shape else ""
 
 
 def check_weights(pairing: Pairing, base: Base) -> None:
-    """The base's weights are those that the adapter was made for, as far as it tells."""
+    """Check that the base's weights have the recorded fingerprints."""
     for paired in pairing.sites:
         site, entry = paired.site, pairing.files.recorded_sites.get(paired.own_name)
         known = [(entry.dtype, entry.fingerprint)] if entry else []
@@ -112,6 +112,6 @@ def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
     for module, found in groups.items():
         shown = ", ".join(found[:SHOWN]) + ("…" if len(found) > SHOWN else "")
         if module in base.layers:
-            pairing.problems.append(f"{module}: the adapter's tensor {shown} has no use there")
+            pairing.problems.append(f"{module}: unexpected adapter tensor {shown}")
         else:
             pairing.problems.append(f"{no_layer(module, pairing, base)} (adapter's tensor {shown})")
