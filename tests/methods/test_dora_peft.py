@@ -178,7 +178,7 @@ def test_a_magnitude_in_a_plain_lora_is_left_over_and_refused(tmp_path: Path) ->
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"use_dora": False}))
     problems = pair(read_adapter(tmp_path), base_of_module(build("llama"))).problems
     assert len(problems) == 2
-    assert all("unexpected adapter tensor" in problem for problem in problems)
+    assert all("unexpected adapter tensor" in problem and "lora_magnitude_vector" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("own", DTYPES)
