@@ -311,4 +311,4 @@ def test_a_site_that_is_recorded_twice_is_refused(adapt: Adapt, llama: Path, tmp
     record["sites"].append(record["sites"][0])
     (tmp_path / "a" / "torchgraft.json").write_text(json.dumps(record))
     result = adapt("check", llama, tmp_path / "a")
-    assert (result.code, "has it twice" in result.out) == (2, True)
+    assert (result.code, "lists it twice" in result.out) == (2, True)

@@ -210,14 +210,14 @@ def test_an_adapter_of_a_plugin_that_is_gone_says_what_made_it(adapt: Callable, 
     for command in (("check", *adapter), ("merge", *adapter, "-o", tmp_path / "merged")):
         result = adapt(*command)
         assert result.code == 2
-        assert f"{adapter[1]}: it was made with shift-tools 1.2: there is no plugin 'shift'" in result.out + result.err
+        assert f"{adapter[1]}: created with shift-tools 1.2: there is no plugin 'shift'" in result.out + result.err
 
 
 def test_an_adapter_of_another_version_is_said_to_be_one(
     adapt: Callable, adapter: tuple[Path, Path], installed: Installed, tmp_path: Path
 ) -> None:
     installed.add("shift", METHOD, distribution="shift-tools", version="2.0")
-    said = "it was made with shift-tools 1.2, and shift-tools 2.0 is installed"
+    said = "created with shift-tools 1.2, but shift-tools 2.0 is installed"
     assert said in _text(adapt("check", *adapter))
     merged = adapt("merge", *adapter, "-o", tmp_path / "merged")
     assert (merged.code, said in merged.out + merged.err) == (0, True)

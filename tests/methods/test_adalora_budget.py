@@ -373,7 +373,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({**BOTH_BUDGET, "beta1": 1.0}, "beta1 = 1.0"),
     ({"current": 20}, "current"),
     ({**BOTH_BUDGET, "current": 9}, "current"),
-    *(({"overrides": {"@all": {name: 3}}}, f"overrides: {name}: adalora has it once") for name in sorted(AdaloraConfig.adapter_wide)),
+    *(({"overrides": {"@all": {name: 3}}}, f"option {name} applies to the whole adapter") for name in sorted(AdaloraConfig.adapter_wide)),
 ]
 
 

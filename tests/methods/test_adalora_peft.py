@@ -242,7 +242,7 @@ def test_a_state_that_is_missing_or_changed_is_refused(damage: Callable[[Path], 
     adapter.save(tmp_path)
     damage(tmp_path / "torchgraft_state.safetensors")
     model = build("conv2d")
-    with pytest.raises(tg.FileFormatError, match=r"torchgraft_state\.safetensors: it is missing or not the file"):
+    with pytest.raises(tg.FileFormatError, match=r"torchgraft_state\.safetensors: this file is missing or is not the one"):
         tg.load(model, tmp_path)
     assert tg.adapters(model) == {}
 

@@ -77,7 +77,7 @@ def test_a_head_that_the_bare_model_lacks_is_named_and_nothing_else(form: str, t
     model = build("bert")
     model.bert.save_pretrained(tmp_path / "base")
     adapter = made(model, ["query", "value"], tmp_path / "adapter", form, also_train=["classifier"])
-    assert refused(tmp_path / "base", adapter, adapt) == ["classifier: the base has no such module; the adapter holds it whole"]
+    assert refused(tmp_path / "base", adapter, adapt) == ["classifier: the base has no such module; the adapter contains it"]
     out = adapt("check", tmp_path / "base", adapter).out
     assert out.startswith("note: the adapter's bert.encoder.* are encoder.* here\nproblem: classifier: ")
 

@@ -111,7 +111,7 @@ def test_a_whole_module_whose_inside_is_renamed_is_merged_but_not_replaced_in_me
     on_files = tmp_path / "on files"
     options = ["--plugin", "lora", "--target", "*.0.*.query", "--also-train", "vit.encoder.layer.1"]
     assert adapt("apply", tmp_path / "base", *options, "-o", on_files).code == 0
-    with pytest.raises(tg.PairingError, match=r"vit\.encoder\.layer\.1: the adapter holds it whole, .* cannot be replaced"):
+    with pytest.raises(tg.PairingError, match=r"vit\.encoder\.layer\.1: the adapter contains the whole module, .* cannot be replaced"):
         tg.load(build("vit"), on_files)
 
 

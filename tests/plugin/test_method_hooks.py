@@ -208,7 +208,7 @@ def test_state_is_saved_and_comes_back(stranger: Stranger, tmp_path: Path) -> No
     assert again.state["seen"].equal(torch.tensor([3.0]))
     assert model(torch.ones(2, 6)).equal(want)
     (tmp_path / "torchgraft_state.safetensors").write_bytes(b"")
-    with pytest.raises(tg.FileFormatError, match=r"torchgraft_state\.safetensors: it is missing or not the file"):
+    with pytest.raises(tg.FileFormatError, match=r"torchgraft_state\.safetensors: this file is missing or is not the one"):
         tg.load(small(), tmp_path, name="third")
 
 
@@ -223,7 +223,7 @@ def test_a_run_without_step_is_told(stranger: Stranger, tmp_path: Path) -> None:
 
 
 def test_an_option_of_the_whole_adapter_cannot_be_overridden(stranger: Stranger) -> None:
-    with pytest.raises(tg.ConfigError, match="overrides: level: stranger has it once for the whole adapter, not for '0'"):
+    with pytest.raises(tg.ConfigError, match="option level applies to the whole adapter and cannot be overridden per layer"):
         tg.apply(small(), NAME, ["@all"], overrides={"0": {"level": 2}})
 
 

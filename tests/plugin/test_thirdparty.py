@@ -173,7 +173,7 @@ def test_other_shared_tensors_than_in_training_are_refused(three: nn.Module, tmp
     tg.apply(three, "vera", ["*"], rank=5).save(tmp_path)
     rand = torch.Tensor.uniform_
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, *bounds, **options: 2 * rand(self, *bounds, **options))
-    with pytest.raises(tg.PairingError, match="the tensors that its layers share are not saved, and vera now makes other ones"):
+    with pytest.raises(tg.PairingError, match="the tensors that its layers share are not saved, and vera now creates others"):
         tg.load(base, tmp_path)
     assert not tg.adapters(base)
 

@@ -31,6 +31,7 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
     """
     from torchgraft.disk import refuse_existing
     from torchgraft.errors import SelectionError, TorchgraftWarning
+    from torchgraft.layers.layer import shares_weight
 
     refuse_existing(output)
     chosen = choose(model, plugin, **selection)
@@ -38,7 +39,7 @@ def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_js
         raise SelectionError("nothing is selected: there would be nothing to train")
     for layer in chosen.plan.sites:
         if layer.tie_problem:
-            text = f"{layer.name}: its weight is also that of {', '.join(layer.tied)}: it can be trained, but not merged"
+            text = f"{shares_weight(layer.name, layer.tied)}: it can be trained, but not merged"
             warnings.warn(text, TorchgraftWarning, stacklevel=2)
     if not dry_run:
         from torchgraft.on_files.apply import apply_to_checkpoint

@@ -1,1 +1,1 @@
-"""Adapter directories, ours and PEFT's: read, checked and written."""
+"""Read, check and write adapter directories, torchgraft's and PEFT's."""

@@ -1,4 +1,4 @@
-"""The entries of PEFT's adapter_config.json: their types, and what they mean."""
+"""The entries of PEFT's adapter_config.json, their types and their hash."""
 
 from __future__ import annotations
 
@@ -27,20 +27,25 @@ PEFT_TYPES = {
     "use_rslora": bool,
     "use_dora": bool,
 }
-"""The types that PEFT writes."""
+"""Types of the entries as PEFT writes them."""
 
 
 NEEDED = ("r", "lora_alpha")
-"""Those that cannot be null."""
+"""Entries that cannot be null."""
 
 
 def meaning(peft: Mapping[str, Any]) -> str:
-    """A hash of what in a PEFT config decides about the function: not names, versions, or values that are not set."""
-    kept = {key: value for key, value in sorted(peft.items()) if value and key not in PEFT_LABELS}
-    return sha256_of_bytes(json.dumps(kept, sort_keys=True).encode())
+    """Return a hash of the entries that determine the adapter's function; names, versions and unset values are not hashed."""
+    hashed = {key: value for key, value in sorted(peft.items()) if value and key not in PEFT_LABELS}
+    return sha256_of_bytes(json.dumps(hashed, sort_keys=True).encode())
 
 
 def check_peft_config(path: Path, peft: Mapping[str, Any]) -> None:
+    """Check the types of the entries.
+
+    Raises:
+        FileFormatError: an entry has a type that PEFT does not write.
+    """
     for key, expected in PEFT_TYPES.items():
         value = peft.get(key)
         names = value if isinstance(value, list) and key != "layers_to_transform" else []

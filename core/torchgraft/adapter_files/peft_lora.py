@@ -1,4 +1,4 @@
-"""How low-rank methods' adapters stand in PEFT's files."""
+"""Convert the adapters of low-rank methods to PEFT's files and back."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ class LowRankPeft:
     """The layout of PEFT's LORA type: suffixes lora_A.weight and lora_B.weight, or lora_embedding_A and _B.
 
     Args:
-        claims: whether this method is the one that reads what PEFT itself wrote.
+        claims: whether this method reads adapters that PEFT wrote.
     """
 
     def __init__(self, *, claims: bool = True) -> None:
         self.claims = claims
 
-    IGNORED = frozenset(
-        "auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out "
-        "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha "
-        "lora_dropout lora_ga_config megatron_core modules_to_save alpha_pattern rank_pattern peft_type "
-        "peft_version qalora_group_size r revision runtime_config target_modules task_type use_rslora "
-        "use_dora bias".split()
+    READ = frozenset(
+        "alpha_pattern base_model_name_or_path bias exclude_modules init_lora_weights layers_pattern layers_to_transform lora_alpha "
+        "lora_dropout modules_to_save peft_type r rank_pattern target_modules use_dora use_rslora".split()
     )
-    """What the engine or this class reads, or what has no effect on a trained adapter."""
+    """Entries of adapter_config.json that the engine or this class reads."""
+    HARMLESS = frozenset(
+        "auto_mapping corda_config eva_config fan_in_fan_out inference_mode loftq_config lora_ga_config megatron_core peft_version "
+        "qalora_group_size revision runtime_config task_type".split()
+    )
+    """Entries without effect on a trained adapter."""
+    IGNORED = READ | HARMLESS
+    """Entries that `from_config` accepts with any value."""
 
     def document(self, sites: Sequence[tuple[Site, LowRankConfig]], default: LowRankConfig) -> dict[str, Any]:
         rooted = default.scaling == "alpha/sqrt(r)"
@@ -61,22 +65,22 @@ class LowRankPeft:
         return rank, int(alpha) if alpha == int(alpha) else alpha
 
     def from_config(self, peft: Mapping[str, Any], site: Site | None = None) -> LowRankConfig | None:
-        if not self.claims or peft.get("peft_type") != "LORA" or peft.get("use_dora"):
-            return None
-        if peft.get("bias", "none") != "none":
-            raise PairingError(f"adapter_config.json: bias={peft['bias']!r}: trained biases are not supported; only bias='none' is")
-        start = peft.get("init_lora_weights")
-        if start not in (None, True, False, "gaussian", "orthogonal", "eva"):
-            raise PairingError(
-                f"adapter_config.json: init_lora_weights={start!r}: PEFT takes such an adapter's start out of the base's weights; "
-                "save it with PEFT's path_initial_model_for_weight_conversion=…, which makes it a plain LoRA"
-            )
-        for key, value in peft.items():
-            if value and key not in self.IGNORED:
-                raise PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
+        return self._config(peft, site) if self._is_own(peft) else None
+
+    def _is_own(self, peft: Mapping[str, Any]) -> bool:
+        """Whether this method reads such an adapter."""
+        return self.claims and peft.get("peft_type") == "LORA" and not peft.get("use_dora")
+
+    def _config(self, peft: Mapping[str, Any], site: Site | None) -> LowRankConfig:
+        """Convert the config.
+
+        Raises:
+            PairingError: it has an entry that the method does not support.
+        """
+        self._check(peft)
         rank, alpha, groups = peft.get("r", 8), float(peft.get("lora_alpha", 8)), site.groups if site is not None else 1
         if rank % groups:
-            raise PairingError(f"{site.name if site else ''}: r = {rank} is no multiple of the layer's {groups} groups")
+            raise PairingError(f"{site.name if site else ''}: r = {rank} is not a multiple of the layer's {groups} groups")
         return LowRankConfig(
             rank=rank // groups,
             alpha=alpha / (sqrt(groups) if peft.get("use_rslora") else groups),
@@ -84,8 +88,26 @@ class LowRankPeft:
             scaling="alpha/sqrt(r)" if peft.get("use_rslora") else "alpha/r",
         )
 
+    def _check(self, peft: Mapping[str, Any]) -> None:
+        """Refuse entries that the method does not support.
+
+        Raises:
+            PairingError: there is one.
+        """
+        if peft.get("bias", "none") != "none":
+            raise PairingError(f"adapter_config.json: bias={peft['bias']!r}: trained biases are not supported; only bias='none' is")
+        start = peft.get("init_lora_weights")
+        if start not in (None, True, False, "gaussian", "orthogonal", "eva"):
+            raise PairingError(
+                f"adapter_config.json: init_lora_weights={start!r}: PEFT subtracts its initial value from the base's weights; "
+                "save it with PEFT's path_initial_model_for_weight_conversion=…, which makes it a plain LoRA"
+            )
+        for key, value in peft.items():
+            if value and key not in self.IGNORED:
+                raise PairingError(f"adapter_config.json: {key}={value!r} is not supported here; load this adapter with PEFT")
+
     def groups(self, shape: Shape, tensors: Mapping[str, Shape]) -> int:
-        first = tensors.get("lora_A.weight", ())  # it sees all input channels, the layer's weight those of one group
+        first = tensors.get("lora_A.weight", ())  # A has all input channels, the weight only those of one group
         return max(1, first[1] // shape[1]) if len(shape) > 2 and len(first) == len(shape) and shape[1] else 1
 
     def shapes(self, site: Site, config: LowRankConfig) -> dict[str, Shape]:
@@ -118,12 +140,12 @@ class LowRankPeft:
         return ("lora_embedding_A", "lora_embedding_B") if site.kind.name == "Embedding" else ("lora_A.weight", "lora_B.weight")
 
     def _peft_rank(self, site: Site, config: LowRankConfig) -> int:
-        """PEFT has no A0, B0: they are appended to A, B. Nor has it one A for all groups: it is repeated in each."""
+        """Return the rank in PEFT's files: A0 and B0 are appended to A and B, and A is repeated for each group."""
         return config.rank * (2 if config.init == "pissa" else 1) * site.groups
 
 
 def _block_diagonal(filters: Tensor, groups: int) -> Tensor:
-    """(r, in/g, k…) → (g·r, in, k…): the same filters for each group's own inputs, zero for the others'."""
+    """(r, in/g, k…) → (g·r, in, k…): repeat the filters for the inputs of each group, with zeros elsewhere."""
     r, width, *kernel = filters.shape
     whole = filters.new_zeros(groups, r, groups, width, *kernel)
     for group in range(groups):
@@ -132,13 +154,13 @@ def _block_diagonal(filters: Tensor, groups: int) -> Tensor:
 
 
 def _from_block_diagonal(site: Site, whole: Tensor) -> Tensor:
-    """The inverse of `_block_diagonal`."""
+    """Invert `_block_diagonal`."""
     rows, columns = whole.shape[:2]
     r = rows // site.groups
     filters = whole[:r, : columns // site.groups]
     if not _block_diagonal(filters, site.groups).equal(whole):
         raise PairingError(
-            f"{site.name}: this adapter connects inputs and outputs across the layer's {site.groups} groups, so it is no change of "
+            f"{site.name}: this adapter connects inputs and outputs across the layer's {site.groups} groups, so it is not a change of "
             "the layer's weight; PEFT's grouped convolutions cannot be merged"
         )
     return filters

@@ -1,4 +1,4 @@
-"""PEFT's names: of tensors, of the modules that a config targets, and the patterns for single modules."""
+"""Names in PEFT's files: tensors, targeted modules, and patterns for single modules."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from torchgraft.layers.roles import LINEAR_KINDS
 PREFIX = "base_model.model."
 
 
+def prefix(peft: object) -> str:
+    """Return the prefix of tensor names: PREFIX if the adapter has a PEFT layout or config (`peft`), else ""."""
+    return PREFIX if peft else ""
+
+
 def targets(sites: Sequence[str], modules: Iterable[str]) -> list[str] | str:
-    """`target_modules` that match the sites and no other module: last segments, else whole names, else a regex."""
+    """Return `target_modules` that match the sites and no other module: last segments, else whole names, else a regex."""
     names, wanted = list(modules), set(sites)
     for candidates in (sorted({name.rpartition(".")[2] for name in sites}), sorted(sites)):
         if {name for name in names if _is_suffix(name, candidates)} <= wanted:
@@ -26,7 +31,7 @@ def targets(sites: Sequence[str], modules: Iterable[str]) -> list[str] | str:
 
 
 def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
-    """A `rank_pattern` or `alpha_pattern` for the sites in `values`: keys that match one site each, in any order.
+    """Return a `rank_pattern` or `alpha_pattern` for the sites in `values`, whose keys match one site each in any order.
 
     PEFT takes the first key with re.match(r"(.*\\.)?(key)$", site), and saves the keys sorted.
     """
@@ -37,7 +42,7 @@ def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
             alike[len(end), end.count(".")].append(end)
 
     def is_clear(name: str) -> bool:
-        """As an expression a plain name matches itself, and ends of its length with something else in the place of a dot."""
+        """Whether `name`, read as a regular expression, matches this site alone: its dots match any character."""
         others = (end for dots in range(name.count(".")) for end in alike.get((len(name), dots), ()))
         return bool(re.fullmatch(r"[\w.]+", name)) and ends[name] == 1 and not any(re.fullmatch(name, end) for end in others)
 
@@ -48,10 +53,10 @@ def patterns(values: Mapping[str, Any], sites: Sequence[str]) -> dict[str, Any]:
 
 
 def pattern_value(pattern: Mapping[str, Any], site: str, default: Any) -> Any:
-    """What PEFT takes for `site` from a `rank_pattern` or `alpha_pattern`.
+    """Return the value that PEFT takes for `site` from a `rank_pattern` or `alpha_pattern`.
 
     Raises:
-        PairingError: a key is no regular expression.
+        PairingError: a key is not a regular expression.
     """
     for key, value in pattern.items():
         if _match(re.match, rf"(.*\.)?({key})$", site, key):
@@ -76,19 +81,19 @@ def is_target(peft: Mapping[str, Any], layer: Layer) -> bool:
 
 
 def saved_modules(wanted: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """The outermost modules that PEFT saves whole for `modules_to_save`: it goes by the ends of names, not by segments."""
+    """Return the outermost modules that PEFT trains fully for `modules_to_save`: it compares the ends of names, not whole segments."""
     found = {name for name in modules if name.endswith(tuple(wanted))} if wanted else set()
     return sorted(name for name in found if not is_inside(name.rpartition(".")[0], found))
 
 
 def in_saved_module(peft: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT leaves `name` out of its targets because it is in a module that is saved whole: it takes names as regexes."""
+    """Whether PEFT does not target `name` because it is in a fully trained module; PEFT reads the names as regular expressions."""
     return any(_match(re.match, expression, name, shown) for shown, expression in _saved(tuple(peft.get("modules_to_save") or ())))
 
 
 @lru_cache(maxsize=8)
 def _saved(wanted: tuple[str, ...]) -> list[tuple[str, str]]:
-    """What to show and the expression, for each of `modules_to_save`; plain names, of which there may be hundreds, are in one."""
+    """Return (text for messages, expression) for `modules_to_save`. Plain names, possibly hundreds, share one expression."""
     plain = [saved for saved in wanted if re.fullmatch(r"[\w.]+", saved)]
     joined = [("|".join(plain), f"(?:{'|'.join(plain)})")] if plain else []
     others = [(saved, saved) for saved in wanted if saved not in plain]
@@ -113,19 +118,19 @@ def _match(match: Callable[[str, str], re.Match[str] | None], expression: str, n
 
 @cache
 def _check_repeats(expression: str) -> None:
-    """Refuse a group that is repeated and has a repeat or a choice in it, `(a+)+` or `(a|a)*`: it may take for ever not to match.
+    """Refuse a repeated group that contains a repeat or a choice, `(a+)+` or `(a|a)*`, because a failed match can take forever.
 
     Raises:
         PairingError: it has such a group.
     """
-    groups, closed = [False], False  # whether each open group has such a thing in it; and the group that has just ended
+    groups, closed = [False], False  # per open group, and for the group that just ended: whether it contains a repeat or a choice
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", expression)
     for place, character in enumerate(plain):
         is_repeat = character in "*+" or (character == "{" and plain[place + 1 : place + 2].isdigit())
         if is_repeat and closed:
             raise PairingError(
-                f"adapter_config.json: {expression!r} repeats a group that has a repeat or a choice in it, which can take for ever; "
-                "write it without"
+                f"adapter_config.json: {expression!r} repeats a group that contains a repeat or a choice, which can take forever; "
+                "rewrite it without nested repeats"
             )
         closed = False
         if character == "(":

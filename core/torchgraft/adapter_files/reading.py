@@ -1,4 +1,4 @@
-"""An adapter directory as it lies on disk, read and checked without torch."""
+"""Read and check an adapter directory without importing torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchgraft import dtypes
+from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.peft_config import check_peft_config, meaning
+from torchgraft.adapter_files.record import AdapterRecord, SiteRecord, parse_record
 from torchgraft.checkpoint.header import Header, read_header
 from torchgraft.checkpoint.reading import read_tensor
 from torchgraft.disk import read_json
@@ -25,21 +27,33 @@ PEFT_TENSORS = "adapter_model.safetensors"
 PEFT_PICKLE = "adapter_model.bin"
 NATIVE_TENSORS = "torchgraft.safetensors"
 STATE_TENSORS = "torchgraft_state.safetensors"
-FORMAT = 1
-SITE_RECORD = {"name": str, "kind": str, "shape": list, "dtype": str, "config": dict}
-SITE_OPTIONS = {"groups": int, "fingerprint": str, "beneath": list, "quantization": dict}
-OPTIONS = {"also_saved": list, "quantized": dict, "state": dict}
-"""What a record may have, too."""
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
+    """The files of an adapter directory."""
+
     directory: Path
-    native: dict[str, Any]
-    """torchgraft.json; empty for an adapter that PEFT wrote."""
+    record: AdapterRecord | None
+    """Contents of torchgraft.json; None for an adapter that PEFT wrote."""
     peft: dict[str, Any]
-    """adapter_config.json; empty for a method that PEFT does not know."""
+    """Contents of adapter_config.json; empty for a method that PEFT does not know."""
     tensor_file: Path
+
+    @property
+    def prefix(self) -> str:
+        """Prefix of every tensor name in the file: PEFT's, or "" for a method that PEFT does not know."""
+        return peft_names.prefix(self.peft)
+
+    @property
+    def base(self) -> str | None:
+        """Name or path of the base, as recorded."""
+        return (self.record.base if self.record else None) or self.peft.get("base_model_name_or_path")
+
+    @cached_property
+    def recorded_sites(self) -> dict[str, SiteRecord]:
+        """Site name → its record; empty for an adapter that PEFT wrote."""
+        return {site.name: site for site in self.record.sites} if self.record else {}
 
     @cached_property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -49,29 +63,31 @@ class AdapterFiles:
         return {name: (entry.dtype, entry.shape) for name, entry in self._header.tensors.items()}
 
     def read(self, name: str) -> Tensor:
-        """One tensor, by its name in the file."""
+        """Read one tensor by its name in the file."""
         if self.tensor_file.suffix == ".bin":
             return self._pickled[name]
         with self.tensor_file.open("rb") as file:
             return read_tensor(file, self._header.tensors[name])
 
     def read_state(self) -> dict[str, Any]:
-        """What the method kept between its steps.
+        """Read the state that the method stores between its steps.
 
         Raises:
-            FileFormatError: its tensors are missing, or not those that were saved.
+            FileFormatError: the file of its tensors is missing, or is not the one that was saved.
         """
-        state = self.native.get("state") or {"values": {}, "sha256": ""}
-        if not state["sha256"]:
-            return dict(state["values"])
+        state = self.record.state if self.record else None
+        if state is None:
+            return {}
+        if not state.sha256:
+            return dict(state.values)
         path = self.directory / STATE_TENSORS
-        if not path.is_file() or sha256_of_file(path) != state["sha256"]:
-            raise FileFormatError(f"{path}: it is missing or not the file that {NATIVE} describes; copy the whole directory again")
+        if not path.is_file() or sha256_of_file(path) != state.sha256:
+            raise FileFormatError(f"{path}: this file is missing or is not the one that {NATIVE} describes; copy the whole directory again")
         with path.open("rb") as file:
-            return {**state["values"], **{name: read_tensor(file, entry) for name, entry in read_header(path).tensors.items()}}
+            return {**state.values, **{name: read_tensor(file, entry) for name, entry in read_header(path).tensors.items()}}
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every tensor, by its name in the file."""
+        """Read all tensors, by their names in the file."""
         if self.tensor_file.suffix == ".bin":
             return self._pickled
         with self.tensor_file.open("rb") as file:
@@ -87,7 +103,7 @@ class AdapterFiles:
 
         try:
             loaded = torch.load(self.tensor_file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many types for what is no safe pickle of tensors
+        except Exception as error:  # torch raises many types for an unsafe or broken pickle
             raise FileFormatError(
                 f"{self.tensor_file}: not readable as tensors only ({type(error).__name__}); save the adapter as safetensors"
             ) from error
@@ -97,65 +113,40 @@ class AdapterFiles:
 
 
 def read_adapter(directory: str | Path) -> AdapterFiles:
-    """Read an adapter directory, ours or PEFT's.
+    """Read an adapter directory, torchgraft's or PEFT's.
 
     Raises:
-        FileFormatError: it is no adapter directory, or a file in it is missing or broken.
+        FileFormatError: it is not an adapter directory, or a file in it is missing or broken.
     """
     root = Path(directory)
     if not root.is_dir():
         raise FileFormatError(
             f"{root}: no such directory" if not root.exists() else f"{root}: not a directory; give the adapter's directory"
         )
-    native = read_json(root / NATIVE, missing_ok=True)
+    document = read_json(root / NATIVE, missing_ok=True)
     peft = read_json(root / PEFT_CONFIG, missing_ok=True)
-    if not native and not peft:
-        raise FileFormatError(f"{root}: no {PEFT_CONFIG} in it, so it is no adapter directory{_elsewhere(root)}")
-    if native:
-        _check_native(root / NATIVE, native)
+    if not document and not peft:
+        raise FileFormatError(f"{root}: not an adapter directory: it contains no {PEFT_CONFIG}{_elsewhere(root)}")
+    record = parse_record(root / NATIVE, document) if document else None
     if peft:
         check_peft_config(root / PEFT_CONFIG, peft)
-    names = [native["tensors"]["file"]] if native else [PEFT_TENSORS, PEFT_PICKLE]
+    names = [record.tensors.file] if record else [PEFT_TENSORS, PEFT_PICKLE]
     tensor_file = next((root / name for name in names if (root / name).is_file()), None)
     if tensor_file is None:
         raise FileFormatError(f"{root}: {' or '.join(names)} is missing")
-    if native and sha256_of_file(tensor_file) != native["tensors"]["sha256"]:
+    if record and sha256_of_file(tensor_file) != record.tensors.sha256:
         raise FileFormatError(
             f"{tensor_file}: not the file that {NATIVE} describes (the hashes differ); copy the whole directory again, or remove "
             f"{NATIVE} to read it as a plain PEFT adapter"
         )
-    if native and peft and native.get("peft_config", meaning(peft)) != meaning(peft):
+    if record and peft and record.peft_config not in (None, meaning(peft)):
         raise FileFormatError(
-            f"{root / PEFT_CONFIG}: it was changed since {NATIVE} was written, and the two now describe different adapters; "
+            f"{root / PEFT_CONFIG}: this file changed after {NATIVE} was written, and the two describe different adapters; "
             f"undo the change, or remove {NATIVE} to read it as a plain PEFT adapter"
         )
-    return AdapterFiles(root, native, peft, tensor_file)
-
-
-def _check_native(path: Path, native: Mapping[str, Any]) -> None:
-    if native.get("format") != FORMAT:
-        raise FileFormatError(f"{path}: format {native.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
-    try:
-        sound = (
-            native["tensors"]["file"] in (PEFT_TENSORS, NATIVE_TENSORS)
-            and isinstance(native["tensors"]["sha256"], str)
-            and isinstance(native["method"]["name"], str)
-            and isinstance(native["config"], dict)
-            and all(isinstance(site[key], kind) for site in native["sites"] for key, kind in SITE_RECORD.items())
-            and all(isinstance(site.get(key, kind()), kind) for site in native["sites"] for key, kind in SITE_OPTIONS.items())
-            and all(isinstance(native.get(key, kind()), kind) for key, kind in OPTIONS.items())
-            and all(isinstance(name, str) for name in (*native["also_train"], *native.get("also_saved", [])))
-            and all(isinstance(name, str) for site in native["sites"] for name in site.get("beneath", []))
-            and all(isinstance(how, dict) for how in native.get("quantized", {}).values())
-            and all(site.get("groups", 1) > 0 for site in native["sites"])
-            and native.get("state", {}).keys() in (set(), {"values", "sha256"})
-        )
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise FileFormatError(f"{path}: it lacks what an adapter's record must have; was it edited by hand?")
+    return AdapterFiles(root, record, peft, tensor_file)
 
 
 def _elsewhere(root: Path) -> str:
     inside = sorted(path.parent.name for path in root.glob(f"*/{PEFT_CONFIG}"))
-    return f"; there are adapters in it: {', '.join(inside[:5])}" if inside else ""
+    return f"; it contains adapters: {', '.join(inside[:5])}" if inside else ""

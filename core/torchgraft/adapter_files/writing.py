@@ -1,4 +1,4 @@
-"""Writing an adapter directory."""
+"""Write an adapter directory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.peft_config import meaning
-from torchgraft.adapter_files.reading import FORMAT, NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS
+from torchgraft.adapter_files.reading import NATIVE, NATIVE_TENSORS, PEFT_CONFIG, PEFT_TENSORS, STATE_TENSORS
+from torchgraft.adapter_files.record import FORMAT
 from torchgraft.disk import json_bytes, replace_file
 from torchgraft.errors import FileFormatError
 from torchgraft.hashes import sha256_of_bytes
@@ -25,49 +26,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SavedSite:
+    """One site of an adapter that is written."""
+
     site: Site
     config: Config
     params: Mapping[str, Tensor]
     fingerprint: str
-    """Of the weight that the adapter is for; empty if it is not known."""
+    """Fingerprint of the base weight; empty if it is unknown."""
     beneath: Sequence[str] = ()
-    """The adapters that a method which depends on the weight was trained over."""
+    """Names of the earlier adapters on the layer, for a method that depends on the weight."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What an adapter directory holds, wherever it comes from."""
+    """Everything that is written to an adapter directory."""
 
     method: Method
     config: Config
     sites: list[SavedSite]
     trained: dict[str, Mapping[str, Tensor]]
-    """Module that is trained whole → its state."""
+    """Fully trained module → its state."""
     also_train: tuple[str, ...]
-    """The names under which those modules were asked for."""
+    """Names of the fully trained modules as the user gave them."""
     also_saved: dict[str, Mapping[str, Tensor]]
-    """Further modules that PEFT looks for, since their names end like one of those; as they are in the base."""
+    """Further modules, with their states in the base, that PEFT expects because their names end like a fully trained one's."""
     modules: list[str] | None
-    """The names of all modules of the base, if they are known."""
+    """Names of all modules of the base; None if unknown."""
     base: str | None
-    """The base's name or path, as the user gave it."""
+    """Name or path of the base, as the user gave it."""
     state: Mapping[str, Any] = field(default_factory=dict)
-    """What the method keeps between its steps."""
+    """State that the method stores between its steps."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """Digests of the tensors that the sites share."""
     quantized: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Further layers of the base that were quantised, and how: it was trained against these, too."""
+    """Further layers of the base that were quantized during training, and how."""
 
 
 def also_saved(also_train: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return the modules outside `also_train` that PEFT expects in the file, too."""
     return [name for name in peft_names.saved_modules(also_train, modules) if name not in also_train]
 
 
 def write(contents: Contents, directory: Path, *, native: bool = True) -> None:
-    """Write the tensors, PEFT's config if PEFT knows the method, and last the record that names the tensors' hash.
+    """Write the tensors, PEFT's config if PEFT knows the method, and last the record, which has the tensors' hash.
 
     Args:
-        native: whether the record and the method's state are written; without them it is an adapter as PEFT writes it.
+        native: whether the record and the method's state are written; without them the directory is as PEFT writes it.
 
     Raises:
         FileFormatError: the directory cannot be written.
@@ -86,7 +90,7 @@ def write(contents: Contents, directory: Path, *, native: bool = True) -> None:
         files[NATIVE] = json_bytes(record)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (*stale, *(name for name, content in files.items() if not content)):  # of an adapter that was here before
+        for name in (*stale, *(name for name, content in files.items() if not content)):  # files of an earlier adapter
             (directory / name).unlink(missing_ok=True)
         for name, content in files.items():
             if content:
@@ -103,7 +107,7 @@ def _serialized(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _named_tensors(contents: Contents) -> dict[str, Tensor]:
     peft = contents.method.peft
-    prefix = peft_names.PREFIX if peft else ""
+    prefix = peft_names.prefix(peft)
     whole = contents.trained | (contents.also_saved if peft else {})
     tensors = {f"{prefix}{module}.{key}": tensor for module, state in whole.items() for key, tensor in state.items()}
     for saved in contents.sites:

@@ -1,1 +1,1 @@
-"""A base model on disk: its headers, tensors, layout and the files beside them. It knows nothing about adapters."""
+"""Read a base model on disk: headers, tensors, layout and sidecar files. Nothing here knows about adapters."""

@@ -1,4 +1,4 @@
-"""Telling whether a base is the one that an adapter was made for, from a sample of each targeted weight."""
+"""Fingerprint the targeted weights by a sample, to check that a base is the one that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 RUNS = 16
 LENGTH = 16
 SOURCE = "_torchgraft_source"
-"""The attribute of a layer that was quantised here: the fingerprint of the weight before."""
+"""Attribute of a layer that torchgraft quantized: the fingerprint of the weight before."""
 COMPARABLE = frozenset({"float32", "float64", "bfloat16"})
-"""Rounded to bfloat16, these give the same sample of the same weight; float16 has lost other bits."""
+"""Rounded to bfloat16, these dtypes give the same sample of the same weight; float16 loses other bits."""
 
 
 def runs(numel: int) -> list[tuple[int, int]]:
-    """Where the sample lies: (first, last + 1) of up to 16 runs of 16 entries, evenly spread over the flat weight."""
+    """Return the sampled ranges: (first, last + 1) of up to 16 runs of 16 entries, evenly spread over the flat weight."""
     if numel <= RUNS * LENGTH:
         return [(0, numel)]
     return [(start := run * (numel - LENGTH) // (RUNS - 1), start + LENGTH) for run in range(RUNS)]
 
 
 def of_tensor(stored: Tensor) -> str:
-    """The fingerprint of a weight in memory; empty on the meta device."""
+    """Return the fingerprint of a weight in memory; empty on the meta device."""
     import torch
 
     if stored.is_meta:
@@ -41,7 +41,7 @@ def of_tensor(stored: Tensor) -> str:
 
 
 def of_file(checkpoint: Checkpoint, name: str) -> str:
-    """The fingerprint of a weight in a file; reads only the sample, and does without torch."""
+    """Return the fingerprint of a weight in a file. Only the sample is read, without torch."""
     entry = checkpoint.tensors[name]
     size = dtypes.SIZES[entry.dtype]
     with checkpoint.file_of[name].open("rb", buffering=0) as file:
@@ -53,18 +53,18 @@ def of_file(checkpoint: Checkpoint, name: str) -> str:
 
 
 def comparable(one: str, other: str) -> bool:
-    """Whether weights of these two dtypes have the same fingerprint if they are the same."""
+    """Whether the same weight has the same fingerprint in both dtypes."""
     return one == other or {one, other} <= COMPARABLE
 
 
 def _digest(sample: bytes, dtype: str) -> str:
-    kept = sample if dtype == "bfloat16" or dtype not in COMPARABLE else _to_bfloat16(sample, dtype).tobytes()
-    return sha256_of_bytes(kept)[:32]
+    hashed = sample if dtype == "bfloat16" or dtype not in COMPARABLE else _to_bfloat16(sample, dtype).tobytes()
+    return sha256_of_bytes(hashed)[:32]
 
 
 def _to_bfloat16(sample: bytes, dtype: str) -> np.ndarray[Any, Any]:
-    """To nearest, ties to even, as the upper half of the float32."""
-    with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signalling NaN
+    """Round to nearest, ties to even; return the upper halves of the float32 values."""
+    with np.errstate(over="ignore", invalid="ignore"):  # invalid: a signaling NaN
         narrow = np.frombuffer(sample, dtype).astype(np.float32)
     bits = narrow.view(np.uint32)
     rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read as JSON and checked in full: no torch, no tensor data.
+"""Read the header of a safetensors file as JSON and check it in full, without torch and without reading tensor data.
 
 A file is an unsigned 64-bit length N (little endian), N bytes of JSON, then the data. The JSON maps each tensor's name
 to its dtype, shape and [begin, end) within the data. The data must be covered without gap or overlap.
@@ -22,14 +22,14 @@ from torchgraft import dtypes
 from torchgraft.errors import FileFormatError
 
 MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
+"""Largest header in bytes: the limit of the safetensors library."""
 BEYOND = 1 << 64
 SHOWN = 200
-"""Characters of a name or a value in a message: a header can hold ones that fill the screen."""
+"""Characters of a name or value shown in a message, because a broken header can contain very long ones."""
 
 
 class TensorEntry(NamedTuple):
-    """Where one tensor lies: `begin` and `end` are absolute byte offsets in the file."""
+    """One tensor's place in a file; `begin` and `end` are absolute byte offsets."""
 
     name: str
     dtype: str
@@ -44,9 +44,11 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
+    """A checked header."""
+
     path: Path
     raw: bytes
-    """The length field and the JSON, as they stand at the start of the file."""
+    """The length field and the JSON, as stored at the start of the file."""
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
 
@@ -59,14 +61,14 @@ def read_header(path: Path, *, alone: bool = False) -> Header:
     """Read and check the header of `path`.
 
     Args:
-        alone: the file holds a header that was kept without its data.
+        alone: the file contains only a header, without tensor data.
 
     Raises:
         FileFormatError: the file is missing, truncated, or not valid safetensors.
     """
     try:
         status = path.stat()
-        if not S_ISREG(status.st_mode):  # a pipe would be waited for
+        if not S_ISREG(status.st_mode):  # opening a pipe would block
             raise FileFormatError(f"{path}: cannot be read: not a regular file")
         size = status.st_size
         with path.open("rb") as file:
@@ -88,7 +90,7 @@ def read_header(path: Path, *, alone: bool = False) -> Header:
 
 
 def dump_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
-    """The length field and JSON for tensors that lie one after the other: name → (torch dtype name, shape).
+    """Return the length field and JSON for tensors stored one after the other: name → (torch dtype name, shape).
 
     Padded with spaces to a multiple of 8 bytes, as the safetensors library does, so that data is aligned.
     """
@@ -120,10 +122,10 @@ def _parse(path: Path, body: bytes, data_start: int) -> tuple[dict[str, TensorEn
 
 
 def _strict_json(text: str) -> Any:
-    """JSON without a name that occurs twice in an object (ValueError) and without -0 (read as -1), both of which Python lets pass.
+    """Parse JSON, refusing a name that occurs twice in an object (ValueError) and reading -0 as -1; Python accepts both.
 
-    Python reads twice as fast without hooks, and in most headers a count does for them: without a backslash every colon
-    of the text stands behind a name or in a string, so a name that was dropped is a colon too many.
+    Python parses twice as fast without hooks, and in most headers counting colons replaces them: without a backslash every
+    colon follows a name or is in a string, so a duplicate name that was dropped leaves one colon too many.
     """
     if "\\" not in text and "-0" not in text:
         document = json.loads(text)
@@ -136,7 +138,7 @@ def _strict_json(text: str) -> Any:
 
 
 def _strings(document: Any) -> Iterator[str]:
-    """Names of tensors, and names and values of the metadata."""
+    """Yield the names of tensors, and the names and values of the metadata."""
     metadata = document.get("__metadata__") if isinstance(document, dict) else None
     yield from document if isinstance(document, dict) else ()
     for pair in metadata.items() if isinstance(metadata, dict) else ():
@@ -157,19 +159,19 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
             raise TypeError
     except (TypeError, KeyError, ValueError):
         raise _broken(path, f"tensor {_shown(name)} lacks a dtype, a shape or its two data_offsets") from None
-    if len(value) > 3:  # the library passes over it; Python's JSON would let stand in it what is no JSON
-        raise _broken(path, f"tensor {_shown(name)} has more than a dtype, a shape and data_offsets, which is all that the format knows")
+    if len(value) > 3:  # the library ignores further entries, but Python would accept invalid JSON in them
+        raise _broken(path, f"tensor {_shown(name)} has more than a dtype, a shape and data_offsets, which is all that the format allows")
     for number in (*shape, begin, end):
         if type(number) is not int or not 0 <= number < BEYOND:
             what = "has a shape or an offset that is not a whole number from 0 to 2⁶⁴"
             raise _broken(path, f"tensor {_shown(name)} {what}: {_shown(shape)}, {_shown([begin, end])}")
     if not isinstance(code, str) or code not in dtypes.NAMES:
-        raise _broken(path, f"tensor {_shown(name)} has the dtype {_shown(code)}, which is not known here")
+        raise _broken(path, f"tensor {_shown(name)} has the dtype {_shown(code)}, which torchgraft does not know")
     dtype = dtypes.NAMES[code]
     expected = 1
     for number in (*shape, dtypes.SIZES[dtype]):
         expected *= number
-        if expected >= BEYOND:  # even if a zero follows: so the library counts, and no number grows long
+        if expected >= BEYOND:  # even if a zero follows, as in the library; also bounds the product
             raise _broken(path, f"tensor {_shown(name)} has the shape {_shown(shape)}, whose size is beyond 64 bits")
     if end - begin != expected:
         what = f"takes {expected:,} bytes as {code} {_shown(shape)}, but its offsets span {end - begin:,}"

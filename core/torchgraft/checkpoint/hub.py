@@ -1,4 +1,4 @@
-"""Finding a checkpoint: a path, or a hub id in the local cache, else downloaded."""
+"""Find a checkpoint: a path, or a hub id in the local cache, else downloaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate(source: str | Path) -> Path:
-    """The path that `source` names; a hub id is looked up in the local cache, then downloaded."""
+    """Return the path that `source` names; a hub id is looked up in the local cache, then downloaded."""
     path = Path(source)
     if path.exists():
         return path

@@ -1,4 +1,4 @@
-"""Where every tensor of an output lies: in which file, at which byte, in which dtype. Without torch."""
+"""Lay out the tensors of an output (file, byte offset, dtype) without torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torchgraft.dtypes import ADAPTABLE, SIZES
 
 @dataclass(frozen=True)
 class Placed:
-    """One tensor of the output: what it is made from, and where it goes."""
+    """One tensor of the output: its source and its place."""
 
     name: str
     source: str
-    """The checkpoint's tensor that it is made from: the same name, but for one that is added."""
+    """Name of the checkpoint's tensor that it is computed from; it differs only for an added tensor."""
     dtype: str
     shape: tuple[int, ...]
     begin: int
-    """Its byte in the output's file."""
+    """Byte offset in the output file."""
 
     @property
     def nbytes(self) -> int:
@@ -32,8 +32,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class OutputFile:
+    """One weight file of the output."""
+
     name: str
-    """Relative to the output's directory, with slashes."""
+    """Path relative to the output directory, with slashes."""
     header: bytes
     tensors: tuple[Placed, ...]
 
@@ -44,9 +46,11 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Layout:
+    """All weight files of the output."""
+
     files: tuple[OutputFile, ...]
     index: dict[str, Any]
-    """A new index file; empty if there is none or the checkpoint's own holds."""
+    """Contents of a new index file; empty if none is needed or the checkpoint's own stays valid."""
     is_new: bool
     """Whether files, names or headers differ from the checkpoint's."""
 
@@ -85,13 +89,13 @@ def relative_name(checkpoint: Checkpoint, header: Header) -> str:
 
 
 def same_file(name: str, header: Header) -> OutputFile:
-    """The file `name` under this very header."""
+    """Return the file `name` with exactly this header."""
     tensors = tuple(Placed(entry.name, entry.name, entry.dtype, entry.shape, entry.begin) for entry in header.in_file_order)
     return OutputFile(name, header.raw, tensors)
 
 
 def _entries(header: Header, dtype: str, added: Mapping[str, str]) -> Iterator[tuple[str, TensorEntry, str]]:
-    """(name, what it is made from, dtype) of every tensor, an added one after what it copies."""
+    """Yield (name, source, dtype) of every tensor; an added tensor follows its source."""
     for entry in header.in_file_order:
         names = [entry.name, *(name for name, source in added.items() if source == entry.name)]
         for name in names:
@@ -99,7 +103,7 @@ def _entries(header: Header, dtype: str, added: Mapping[str, str]) -> Iterator[t
 
 
 def _filled(entries: Iterable[tuple[str, TensorEntry, str]], limit: int) -> Iterator[list[tuple[str, TensorEntry, str]]]:
-    """The entries in their order, in lists of at most `limit` bytes."""
+    """Split the entries, in order, into lists of at most `limit` bytes."""
     shard: list[tuple[str, TensorEntry, str]] = []
     size = 0
     for name, entry, dtype in entries:
@@ -114,7 +118,7 @@ def _filled(entries: Iterable[tuple[str, TensorEntry, str]], limit: int) -> Iter
 
 
 def _file(name: str, shard: list[tuple[str, TensorEntry, str]], metadata: dict[str, str]) -> OutputFile:
-    # The wider types first, as the safetensors library writes them: every tensor is aligned then.
+    # Wider types first, as the safetensors library writes them, so that every tensor is aligned.
     shard = sorted(shard, key=lambda item: -SIZES[item[2]])
     header = dump_header({name: (dtype, entry.shape) for name, entry, dtype in shard}, metadata)
     begin, tensors = len(header), []

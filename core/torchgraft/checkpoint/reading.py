@@ -1,4 +1,4 @@
-"""A checkpoint on disk: one safetensors file, or a directory with one, or with shards and an index. Nothing is loaded."""
+"""Open a checkpoint: one safetensors file, or a directory with one, or with shards and an index. No tensor is loaded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`root` is the directory, or the file itself if a file was given."""
+    """The headers and config of a checkpoint. `root` is the directory, or the file itself if a file was given."""
 
     root: Path
     headers: tuple[Header, ...]
     config: dict[str, Any]
-    """config.json, or empty."""
+    """Contents of config.json, or empty."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorEntry]:
@@ -42,13 +42,13 @@ class Checkpoint:
         return self.root if self.root.is_dir() else self.root.parent
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """Read one tensor into new memory."""
         with self.file_of[name].open("rb") as file:
             return read_tensor(file, self.tensors[name])
 
 
 def read_tensor(file: BinaryIO, entry: TensorEntry) -> Tensor:
-    """The tensor that `entry` describes, from an open file."""
+    """Read the tensor that `entry` describes from an open file."""
     import torch
 
     dtype = dtypes.torch_dtype(entry.dtype)
@@ -65,7 +65,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """Read every header of `source`: a directory, a .safetensors file, or a hub id in the local cache.
 
     Raises:
-        FileFormatError: there is no such thing, or what is there is broken.
+        FileFormatError: the source does not exist, or is broken.
     """
     root = locate(source)
     if root.is_dir():
@@ -77,7 +77,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def _headers_of_directory(root: Path) -> tuple[Header, ...]:
-    # transformers, too, takes the single file before the index.
+    # transformers also prefers the single file to the index.
     if (root / WEIGHTS).exists():
         return (read_header(root / WEIGHTS),)
     if (root / INDEX).exists():
@@ -89,7 +89,7 @@ def _headers_of_directory(root: Path) -> tuple[Header, ...]:
         return (read_header(files[0]),)
     if files:
         names = ", ".join(file.name for file in files[:4])
-        raise FileFormatError(f"{root}: {len(files)} .safetensors files ({names}…) and no {INDEX} that says which; give one file")
+        raise FileFormatError(f"{root}: {len(files)} .safetensors files ({names}…) and no {INDEX} that lists them; give one file")
     if any(root.glob("*.bin")):
         raise FileFormatError(
             f"{root}: its weights are .bin files, which are pickles; save it again with save_pretrained(…), which writes safetensors"
@@ -104,7 +104,7 @@ def _headers_of_index(index: Path) -> tuple[Header, ...]:
     headers = []
     for shard in sorted(set(weight_map.values())):
         if leaves_directory(shard):
-            raise FileFormatError(f"{index}: the shard {shard!r} lies outside the directory; refused")
+            raise FileFormatError(f"{index}: the shard {shard!r} is outside the directory; refused")
         if not _is_file(index.parent / shard):
             raise FileFormatError(f"{index}: the shard {shard!r} is missing; download or copy it again")
         headers.append(read_header(index.parent / shard))
@@ -129,7 +129,7 @@ def _check_index(index: Path, weight_map: dict[str, str], headers: list[Header])
             found[name] = shard
     for name, shard in weight_map.items():
         if found.get(name) != shard:
-            raise FileFormatError(f"{index}: tensor {name!r} should be in {shard!r}, and is not")
+            raise FileFormatError(f"{index}: tensor {name!r} is missing from {shard!r}, where the index lists it")
     for name in found.keys() - weight_map.keys():
         raise FileFormatError(f"{index}: tensor {name!r} is in {found[name]!r}, and the index does not list it")
 

@@ -1,4 +1,4 @@
-"""The files beside a checkpoint's weights: tokenizer, configs, code. They belong to the result of a merge."""
+"""Collect the files beside a checkpoint's weights (tokenizer, configs, code), which a merge copies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHER_WEIGHTS = [
     "*.gguf",
     "*.onnx",
 ]
-"""The same weights in other forms. Carried along they would be stale: the merge does not change them."""
+"""Patterns of files with the same weights in other forms. The merge does not change them, so copies would be stale."""
 OTHER_DIRECTORIES = ("onnx", "openvino", "original", "coreml", "checkpoint-*", ".git", ".cache")
 
 TEMPLATE = "chat_template.jinja"
@@ -46,25 +46,27 @@ OF_ADAPTER = [
     "preprocessor_config.json",
     "processor_config.json",
 ]
-"""What training saves beside an adapter and the merged model needs: it may have tokens or a chat template of its own."""
+"""Patterns of files that training saves beside an adapter and the merged model needs: it may add tokens or a chat template."""
 
 
 @dataclass(frozen=True)
 class Sidecars:
+    """The files to copy to the output of a merge."""
+
     files: Mapping[str, Path]
     """Name in the output, with slashes → the file that is copied there."""
     left_out: tuple[str, ...]
-    """The base's, for they hold the same weights in another form."""
+    """Files of the base that are not copied because they contain the same weights in another form."""
     from_adapter: tuple[str, ...]
-    """Which of `files` are an adapter's and not, or not so, the base's."""
+    """Names in `files` that come from an adapter and are missing or different in the base."""
     dropped: tuple[str, ...]
-    """The base's that an adapter's make void."""
+    """Files of the base that an adapter's files override."""
     base: Mapping[str, Path]
-    """Those of the base that belong to it, the record of an earlier merge included: what unmerging gives back."""
+    """Files of the base that unmerging restores, the record of an earlier merge included."""
 
 
 def sidecars_of(checkpoint: Checkpoint, adapters: Iterable[Path] = ()) -> Sidecars:
-    """The files to carry along; a single file has none. An adapter's tokenizer, chat template and processor replace the base's."""
+    """Return the files to copy (none for a single file). An adapter's tokenizer, chat template and processor replace the base's."""
     if not checkpoint.root.is_dir():
         return Sidecars({}, (), (), (), _earlier(checkpoint.directory))
     base, left_out = _of_base(checkpoint)
@@ -73,15 +75,16 @@ def sidecars_of(checkpoint: Checkpoint, adapters: Iterable[Path] = ()) -> Sideca
     files.update(changed)
     dropped: tuple[str, ...] = ()
     if TOKENIZER_CONFIG in changed and TEMPLATE in base and TEMPLATE not in own and read_json(own[TOKENIZER_CONFIG]).get("chat_template"):
-        del files[TEMPLATE]  # it would be taken before the one in the adapter's config
+        del files[TEMPLATE]  # it would take precedence over the one in the adapter's config
         dropped = (TEMPLATE,)
     return Sidecars(files, left_out, tuple(changed), dropped, {**base, **_earlier(checkpoint.root)})
 
 
 def _of_adapters(adapters: Iterable[Path]) -> dict[str, Path]:
-    """
+    """Return the adapters' own files.
+
     Raises:
-        MergeError: two adapters bring different files of one name.
+        MergeError: two adapters have different files of one name.
     """
     own: dict[str, Path] = {}
     for directory in adapters:
@@ -89,7 +92,7 @@ def _of_adapters(adapters: Iterable[Path]) -> dict[str, Path]:
             if path.is_file() and _matches(path.name, OF_ADAPTER):
                 other = own.setdefault(path.name, path)
                 if not filecmp.cmp(path, other, shallow=False):
-                    raise MergeError(f"{path}: it is not the same as {other}, and only one of them can go with the model; remove the other")
+                    raise MergeError(f"{path}: it differs from {other}, and the merged model can have only one of them; remove the other")
     return own
 
 
@@ -102,7 +105,7 @@ def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
         if path in weights or relative.parts[0] in (RECORD, UNDO):
             continue
         if not path.exists():
-            raise FileFormatError(f"{path}: a link to a file that is not there; download or copy it again")
+            raise FileFormatError(f"{path}: a link to a missing file; download or copy it again")
         if not _is_other_form(relative):
             carried[relative.as_posix()] = path
         elif not relative.parts[0].startswith("."):
@@ -111,13 +114,13 @@ def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
 
 
 def _earlier(root: Path) -> dict[str, Path]:
-    """What an earlier merge wrote of itself."""
-    found = (root / RECORD, *sorted((root / UNDO).rglob("*")))  # with those of still earlier merges in it
+    """Return the record files of an earlier merge."""
+    found = (root / RECORD, *sorted((root / UNDO).rglob("*")))  # includes those of still earlier merges
     return {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
 
 
 def _files(root: Path) -> list[Path]:
-    """Every file, also in directories that are links, as in a hub's cache. Not in those that hold another merge, whole or begun."""
+    """List every file, following links as in a hub's cache; directories of other merges, complete or partial, are skipped."""
     found: list[Path] = []
     seen = {os.path.realpath(root)}
     for directory, inside, names in os.walk(root, followlinks=True, onerror=_raise):
@@ -125,13 +128,13 @@ def _files(root: Path) -> list[Path]:
             inside.clear()
             continue
         found += [Path(directory) / name for name in names]
-        kept = []
+        entered = []
         for name in sorted(inside):
             real = os.path.realpath(Path(directory) / name)
             if real not in seen and not fnmatchcase(name, ".*.partial"):  # links can lead in a circle
                 seen.add(real)
-                kept.append(name)
-        inside[:] = kept
+                entered.append(name)
+        inside[:] = entered
     return sorted(found)
 
 

@@ -16,7 +16,7 @@ from torchgraft.in_memory.adapter import Adapter, adapters, attached_to
 from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts_of
 from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import kind_of
-from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.layers.layer import Layer, is_inside, shares_weight
 from torchgraft.layers.plan import configure, plan, site_of
 from torchgraft.method.config import Config, parse_config
 from torchgraft.method.site import Site, seed_of
@@ -164,7 +164,7 @@ def _replaced(layer: Layer, module: nn.Module, instead: nn.Module) -> Site:
     if parts_of(module):
         raise AttachError(f"{layer.name}: other adapters were made for its weight as it is; detach them, or prepare the layer first")
     if layer.tied:
-        raise AttachError(f"{layer.name}: its weight is also that of {', '.join(layer.tied)}, and would no longer be; exclude one of them")
+        raise AttachError(f"{shares_weight(layer.name, layer.tied)}, and would no longer be; exclude one of them")
     kind, reason = kind_of(instead, registry().kinds())
     if kind is None:
         raise AttachError(f"{layer.name}: what it is to become cannot be adapted: it {reason or 'has no kind'}")

@@ -58,11 +58,10 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
 
 def _keep_fingerprints(adapter: Adapter, pairing: Pairing) -> None:
     """For a save while the weights, on the meta device, do not tell what the adapter was made for."""
-    recorded = {entry["name"]: entry for entry in pairing.files.native.get("sites", [])}
     for paired in pairing.sites:
-        entry = recorded.get(paired.own_name)
-        if entry is not None and fingerprint.comparable(paired.site.dtype, entry["dtype"]):
-            adapter.parts[paired.site.name].fingerprint = entry["fingerprint"]
+        entry = pairing.files.recorded_sites.get(paired.own_name)
+        if entry is not None and fingerprint.comparable(paired.site.dtype, entry.dtype):
+            adapter.parts[paired.site.name].fingerprint = entry.fingerprint
 
 
 @torch.no_grad()

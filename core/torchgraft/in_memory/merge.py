@@ -18,6 +18,7 @@ from torchgraft.hashes import sha256_of_tensor
 from torchgraft.in_memory.graft import become, form_of
 from torchgraft.in_memory.parts import Part, SitePart, TrainedCopy, Undo, parts_of
 from torchgraft.kinds.quantizing import Dequantized
+from torchgraft.layers.layer import shares_weight
 from torchgraft.layers.of_module import own_state
 from torchgraft.method.site import Site, fingerprint_of
 
@@ -81,7 +82,7 @@ def _check_weights(name: str, module: nn.Module, part: Part, tied: Mapping[str, 
     for layer, others in tied.items():
         if others and (layer == name or layer.startswith(f"{name}.")) and "weight" in {key.rpartition(".")[2] for key in written}:
             raise MergeError(
-                f"{layer}: its weight is also that of {', '.join(others)}, so merging would change both. "
+                f"{shares_weight(layer, others)}, so merging would change both. "
                 "Give one of them a weight of its own, or leave the adapter unmerged"
             )
     for key, tensor in written.items():

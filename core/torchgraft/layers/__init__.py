@@ -1,1 +1,1 @@
-"""The layers of a module or a checkpoint, the selection grammar, and the plan that a selection gives."""
+"""List the layers of a module or a checkpoint, select some by patterns, and plan adapters on them."""

@@ -1,8 +1,8 @@
-"""The layers of a checkpoint, from its headers and config.json alone.
+"""List the layers of a checkpoint from its headers and config.json alone.
 
 A matrix in a file does not say whether it is a Linear's (out, in), a Conv1D's (in, out) or an Embedding's; a square one
 looks the same for all. So the kind is taken from names that have one meaning in every published architecture, from
-model_type where they have two, and from the bias's length, which is the number of outputs. Where that leaves a doubt
+model_type where they have two, and from the bias's length, which is the number of outputs. If doubt remains,
 the layer gets no kind: the orientation is never guessed.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torchgraft.checkpoint.header import TensorEntry
 from torchgraft.checkpoint.reading import Checkpoint
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 CONV1D_LEAVES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-"""Those of transformers whose CONV1D_LEAVES are Conv1D. In LINEAR_MODELS they are Linear; in any other they may be either."""
+"""Models of transformers whose CONV1D_LEAVES are Conv1D. In LINEAR_MODELS they are Linear; in other models they can be either."""
 LINEAR_MODELS = frozenset({"gpt_bigcode", "gpt_neo", "starcoder2"})
 
 LINEAR_LEAVES = (
@@ -40,7 +40,7 @@ CONV_LEAVES = frozenset(["conv", "conv1", "conv2", "patch_embedding", "projectio
 
 INPUT_EMBEDDINGS = frozenset("embed_tokens word_embeddings wte embed_in shared tokens_embed tok_embeddings embeddings w".split())
 PLAIN_EMBEDDINGS = ("embed_tokens", "wte")
-"""Those whose head is called lm_head where it is tied to them."""
+"""Names of input embeddings to which a tied head is called lm_head."""
 HAS_HEAD = re.compile(r"(LM|LMHeadModel|PreTraining|ConditionalGeneration|MTModel)$")
 """Ends of the names of model classes whose output head can be the input embedding."""
 
@@ -52,20 +52,20 @@ OWN_FORWARD = (
     ("gemma*", "*embed_tokens"),
     *((model, "*embed_tokens") for model in ("biogpt", "xglm", "vaultgemma", "t5gemma*", "minicpm3")),
 )
-"""(model_type, layer): embeddings that scale or shift what they look up, so that a change of the weight is not added as it is."""
+"""(model_type, layer): embeddings that scale or shift what they look up, so the output does not change by the weight's change itself."""
 
 MAX_DEPTH = 64
-"""Modules in one another. Real models stay below 20, and what walks or lists the tree takes time and memory for each level."""
+"""Largest depth of nested modules. Real models stay below 20; walking the tree costs time and memory per level."""
 
-UNKNOWN = "has a weight whose orientation the names do not tell; pass --kind '{name}=Linear' (or Conv1D, Embedding, Conv2d, …)"
-OF_EXPERTS = "belongs to a mixture of experts, whose weights the model may hold in another form"
+UNKNOWN = "has a weight whose orientation the names do not show; pass --kind '{name}=Linear' (or Conv1D, Embedding, Conv2d, …)"
+OF_EXPERTS = "belongs to a mixture of experts, whose weights the model may store in another form"
 
 
 def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> list[Layer]:
-    """Every module that has tensors, in the order of the files. `kinds` (pattern → kind) overrides what the names tell.
+    """Return every module that has tensors, in the order of the files. `kinds` (pattern → kind) overrides the kinds inferred from names.
 
     Raises:
-        FileFormatError: a tensor's name is too deep to be that of a model.
+        FileFormatError: a tensor's name has more segments than a model's can have.
         SelectionError: a pattern of `kinds` matches nothing, or a layer that cannot be of that kind.
     """
     owners: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
@@ -81,7 +81,7 @@ def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None
 
 
 def module_names(checkpoint: Checkpoint) -> list[str]:
-    """Every module that holds tensors, directly or in its children."""
+    """Return the names of all modules that have tensors, directly or in children."""
     names: dict[str, None] = {}
     for module in dict.fromkeys(tensor.rpartition(".")[0] for tensor in checkpoint.tensors if "." in tensor):
         new = [module]
@@ -93,64 +93,74 @@ def module_names(checkpoint: Checkpoint) -> list[str]:
 
 def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Layer:
     weight = tensors.get("weight") or max(tensors.values(), key=lambda entry: entry.numel)
-    kind, reason = None, ""
+    verdict = Verdict()
     if "weight" in tensors and len(weight.shape) > 1:
-        kind, reason = _kind(name, tensors, model_type)
-    elif "experts" in name.split(".") and len(weight.shape) > 2:  # as transformers 5 holds them: all in one tensor
-        reason = OF_EXPERTS
-    is_open = reason is UNKNOWN
+        verdict = _kind(name, tensors, model_type)
+    elif "experts" in name.split(".") and len(weight.shape) > 2:  # transformers 5 stores all experts in one tensor
+        verdict = Verdict(reason=OF_EXPERTS)
     params = size = 0
     for entry in tensors.values():
         params += prod(entry.shape)
         size += entry.end - entry.begin
     return Layer(
         name=name,
-        kind=kind,
+        kind=verdict.kind,
         shape=weight.shape,
         dtype=weight.dtype,
         params=params,
         bytes=size,
         has_bias="bias" in tensors,
-        reason=UNKNOWN.format(name=name) if is_open else reason,
+        reason=verdict.reason,
         has_weight="weight" in tensors,
-        is_open=is_open,
+        is_open=verdict.is_open,
     )
 
 
-def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> tuple[str | None, str]:
-    """The kind, or None and why; UNKNOWN if it could have one."""
+class Verdict(NamedTuple):
+    """What names and shapes show about a layer's kind."""
+
+    kind: str | None = None
+    reason: str = ""
+    """Why it has no kind."""
+    is_open: bool = False
+    """Whether only its orientation is unknown, so that `--kind` can set the kind."""
+
+
+def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Verdict:
+    """Determine the kind of a layer with a matrix, or why it has none."""
+    unknown = Verdict(reason=UNKNOWN.format(name=name), is_open=True)
     shape, dtype = tensors["weight"].shape, tensors["weight"].dtype
     segments = name.split(".")
     leaf = segments[-1]
     if dtype not in ADAPTABLE:
-        return None, f"has a weight of type {dtype}, which is quantized"
+        return Verdict(reason=f"has a weight of type {dtype}, which is quantized")
     if any(fnmatchcase(name, pattern) for pattern in _own_forwards(model_type)):
-        return None, "is an embedding with a forward of its own, which scales or shifts what it looks up"
+        return Verdict(reason="is an embedding with its own forward, which scales or shifts what it looks up")
     if "experts" in segments or leaf in ("gate", "router"):
-        return None, OF_EXPERTS
+        return Verdict(reason=OF_EXPERTS)
     if leaf not in CONV1D_LEAVES and _outputs(tensors) not in (None, shape[0]):
-        return None, UNKNOWN  # the bias contradicts what the name says
+        return unknown  # the bias contradicts what the name says
     if len(shape) > 2:
         is_conv = leaf in CONV_LEAVES or (leaf == "proj" and any("patch_embed" in segment for segment in segments))
-        return (f"Conv{len(shape) - 2}d", "") if is_conv and len(shape) <= 5 else (None, UNKNOWN)
+        return Verdict(f"Conv{len(shape) - 2}d") if is_conv and len(shape) <= 5 else unknown
     if leaf in CONV1D_LEAVES:
         kind = _transposed(tensors, model_type)
-        return kind, "" if kind else UNKNOWN
+        return Verdict(kind) if kind else unknown
     if leaf in EMBEDDING_LEAVES:
-        return "Embedding", ""
+        return Verdict("Embedding")
     if leaf in LINEAR_LEAVES or not HEADS.isdisjoint(segments) or _outputs(tensors) == shape[0] != shape[1]:
-        return "Linear", ""
-    return None, UNKNOWN
+        return Verdict("Linear")
+    return unknown
 
 
 @cache
 def _own_forwards(model_type: str) -> tuple[str, ...]:
-    """The patterns of OWN_FORWARD for this model: they are the same for all of its layers."""
+    """Return the patterns of OWN_FORWARD for this model type."""
     return tuple(layer for model, layer in OWN_FORWARD if fnmatchcase(model_type, model))
 
 
 def _transposed(tensors: Mapping[str, TensorEntry], model_type: str) -> str | None:
-    """Conv1D or Linear, for a name that can be either."""
+    """Return Conv1D or Linear for a name that can be either, or None if it cannot be decided."""
     if model_type in CONV1D_MODELS:
         return "Conv1D"
     if model_type in LINEAR_MODELS:
@@ -167,17 +177,17 @@ def _outputs(tensors: Mapping[str, TensorEntry]) -> int | None:
 
 
 def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
-    """Mark the input embedding if the model's output head is this same weight: the head need not be in the files then."""
-    said = checkpoint.config.get("tie_word_embeddings")
+    """Mark the input embedding as tied if it is also the output head's weight; the files may then lack the head."""
+    declared = checkpoint.config.get("tie_word_embeddings")
     architectures = checkpoint.config.get("architectures")
     architectures = architectures if isinstance(architectures, list) else []
-    if said is False or not any(HAS_HEAD.search(str(name)) for name in architectures):
+    if declared is False or not any(HAS_HEAD.search(str(name)) for name in architectures):
         return layers
     heads = {layer.shape for layer in layers if layer.role == "head"}
     is_plain = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     found = []
     for layer in layers:
-        if not _is_input(layer) or not (said or layer.shape not in heads):
+        if not _is_input(layer) or not (declared or layer.shape not in heads):
             found.append(layer)
         elif is_plain and layer.kind == "Embedding" and layer.name.rpartition(".")[2] in PLAIN_EMBEDDINGS:
             found.append(replace(layer, tied=(HEAD,)))
@@ -187,7 +197,7 @@ def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
 
 
 def _with_head(layers: list[Layer]) -> list[Layer]:
-    """The head beside the embedding that is tied to it, also where the files have none."""
+    """Tie the head to its embedding, and add the head if the files lack it."""
     embedding = next((layer for layer in layers if layer.tied == (HEAD,)), None)
     if embedding is None:
         return layers
@@ -204,7 +214,7 @@ def _is_input(layer: Layer) -> bool:
 def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:
     if not kinds:
         return layers
-    from torchgraft.plugin.registry import registry  # loads pydantic, which takes a while
+    from torchgraft.plugin.registry import registry  # imported here because it loads pydantic, which is slow
 
     for pattern, name in kinds.items():
         kind, matches = registry().kind(name), name_matcher(pattern)

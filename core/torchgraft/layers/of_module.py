@@ -1,4 +1,4 @@
-"""The layers of an nn.Module."""
+"""List the layers of an nn.Module."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchgraft.layers.layer import Layer, is_inside
 
 
 def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
-    """Every module that owns parameters, in the model's order. What adapters have added is left out."""
+    """Return every module that owns parameters, in the model's order, without the modules that adapters added."""
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in named_base_modules(model):
         names[module].append(name)
@@ -26,7 +26,7 @@ def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As `named_modules`, with every name of a module that has several, and without adapters."""
+    """Iterate like `named_modules`, but yield every name of a module and skip adapters."""
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
@@ -38,18 +38,18 @@ def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of `own_state`, without asking modules for it: bitsandbytes repacks its weights when asked."""
+    """Return the shapes of `own_state` without calling `state_dict`, because bitsandbytes repacks its weights there."""
     shapes = {}
     for name, module in named_base_modules(model):
-        kept = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
-        for key, tensor in {**module._parameters, **kept}.items():
+        saved = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for key, tensor in {**module._parameters, **saved}.items():
             if tensor is not None:
                 shapes[f"{name}.{key}" if name else key] = tuple(tensor.shape)
     return shapes
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's `state_dict` without what adapters have added."""
+    """Return the module's `state_dict` without the tensors that adapters added."""
     added = {f"{name}.{CHILD}" if name else CHILD for name, child in named_base_modules(module) if carries_adapters(child)}
     return {key: tensor for key, tensor in module.state_dict().items() if not is_inside(key, added)}
 
@@ -59,9 +59,9 @@ def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tu
     weight = own.get("weight", max(own.values(), key=lambda tensor: tensor.numel()))
     kind, reason = kind_of(module, kinds)
     if fused and kind is not None:
-        kind, reason = None, "belongs to a MultiheadAttention, which reads its weight and passes over its forward"
+        kind, reason = None, "belongs to a MultiheadAttention, which reads its weight and bypasses its forward"
     shape = kind.shape_of(module) if kind else tuple(weight.shape)
-    new = [tensor for tensor in own.values() if _identity(tensor) not in counted]  # a tied weight counts where it comes first
+    new = [tensor for tensor in own.values() if _identity(tensor) not in counted]  # a tied weight is counted once, at its first layer
     counted.update(map(_identity, new))
     return Layer(
         name=names[0],
@@ -79,7 +79,7 @@ def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tu
 
 
 def _tied(owners: dict[nn.Module, list[str]]) -> dict[nn.Module, tuple[str, ...]]:
-    """For each module whose weight lies, in part or whole, in memory that another module's weight has, those others' names."""
+    """Map each module to the names of those whose weights share memory with its weight, in part or whole."""
     sharing: dict[int, list[nn.Module]] = defaultdict(list)
     for module in owners:
         weight = module._parameters.get("weight")
@@ -100,16 +100,16 @@ def _weight(module: nn.Module) -> Tensor:
 
 
 def sharing_bias(model: nn.Module) -> dict[str, str]:
-    """Layer → another parameter of the model that lies, in part or whole, in the memory of the layer's bias."""
+    """Map each layer whose bias shares memory, in part or whole, with another parameter to that parameter's name."""
     places: dict[int, dict[tuple[int, str], tuple[str, Tensor]]] = defaultdict(dict)
     for name, module in named_base_modules(model):
         for key, tensor in module._parameters.items():
             if tensor is not None:
                 place = id(tensor) if tensor.is_meta else tensor.untyped_storage().data_ptr()
-                places[place].setdefault((id(module), key), (name, tensor))  # a module has one entry, however many names
+                places[place].setdefault((id(module), key), (name, tensor))  # one entry per module, even with several names
     found: dict[str, str] = {}
     for owners in places.values():
-        last: tuple[str, str, Tensor] | None = None  # of those so far, the one that ends last
+        last: tuple[str, str, Tensor] | None = None  # the tensor so far that ends last
         for (_, key), (name, own) in sorted(owners.items(), key=lambda entry: entry[1][1].data_ptr()):
             if last is not None and _overlap(last[2], own):
                 for (one, one_key, _), (other, other_key) in (((name, key, own), last[:2]), (last, (name, key))):
@@ -127,11 +127,11 @@ def _overlap(first: Tensor, second: Tensor) -> bool:
 
 
 def _end(tensor: Tensor) -> int:
-    """The address after the tensor's last entry."""
+    """Return the address after the tensor's last entry."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _identity(tensor: Tensor) -> int:
-    """Equal for two Parameters that share their memory; on the meta device, which has none, for the same Parameter."""
+    """Return a value that is equal for Parameters that share memory; on the meta device, only for the same Parameter."""
     return tensor.data_ptr() or id(tensor)

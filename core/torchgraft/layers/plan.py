@@ -1,4 +1,4 @@
-"""The plan: which layers a selection gives, and what an adapter on them costs, before anything changes."""
+"""Plan which layers a selection gives and what an adapter on them costs, before anything changes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ DEFAULT_TARGETS = ("@linear",)
 
 @dataclass(frozen=True)
 class Plan:
+    """The layers of a model and those that are selected."""
+
     layers: tuple[Layer, ...]
-    """The whole model."""
+    """All layers of the model."""
     sites: tuple[Layer, ...]
-    """The layers that are selected."""
+    """The selected layers."""
     patterns: dict[str, int]
-    """How many layers each pattern matches."""
+    """Number of layers that each pattern matches."""
     trained: tuple[str, ...] = ()
-    """The modules that are trained whole (`also_train`)."""
+    """The fully trained modules (`also_train`)."""
 
     @property
     def total_params(self) -> int:
@@ -44,7 +46,7 @@ class Plan:
 
     @property
     def trained_params(self) -> int:
-        """Of the modules that are trained whole."""
+        """Number of parameters of the fully trained modules."""
         trained = frozenset(self.trained)
         return sum(layer.params for layer in self.layers if is_inside(layer.name, trained))
 
@@ -58,12 +60,12 @@ def plan(
     kinds: Mapping[str, str] | None = None,
     allow_unmatched: bool = False,
 ) -> Plan:
-    """The sites that `targets` (default: @linear) name in a model or a checkpoint. Nothing is changed or loaded.
+    """Return the sites that `targets` (default: @linear) name in a model or a checkpoint. Nothing is changed or loaded.
 
     Args:
         layers: keep the sites of these blocks: "0-15,20", or numbers.
-        also_train: modules to be trained whole; they are no sites.
-        kinds: pattern → kind, for layers of a checkpoint whose kind its files do not tell.
+        also_train: modules to train fully; layers in them are not sites.
+        kinds: pattern → kind, for layers of a checkpoint whose files do not show the kind.
         allow_unmatched: accept patterns that match nothing.
 
     Raises:
@@ -82,9 +84,9 @@ def plan(
 def configure(
     sites: Sequence[Layer], hooks: MethodHooks, config: Config, overrides: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Config]:
-    """Site → config: `config` with the overrides (pattern → options) that match, later ones over earlier ones.
+    """Return site → config: `config` with the matching overrides (pattern → options); later ones win.
 
-    Warns once for each advice that configs give on their sites.
+    Warns once per distinct advice of a config about its sites.
 
     Raises:
         ConfigError: an override is not a valid option, or a config cannot be used on its site.
@@ -95,7 +97,7 @@ def configure(
     configs = dict.fromkeys((layer.name for layer in sites), config)
     for pattern, values in (overrides or {}).items():
         if wide := sorted(config.adapter_wide.intersection(values)):
-            raise ConfigError(f"overrides: {', '.join(wide)}: {method.name} has it once for the whole adapter, not for {pattern!r}")
+            raise ConfigError(f"option {', '.join(wide)} applies to the whole adapter and cannot be overridden per layer ({pattern!r})")
         for layer in select(sites, [pattern]).layers:
             configs[layer.name] = configs[layer.name].with_(method.name, values)
     advice: dict[str, list[str]] = defaultdict(list)
@@ -113,7 +115,7 @@ def configure(
 
 
 def trainable_params(plan: Plan, hooks: MethodHooks, configs: Mapping[str, Config]) -> int:
-    """How many numbers an adapter on this plan trains."""
+    """Return how many parameters an adapter on this plan trains."""
     return plan.trained_params + sum(site_params(layer, hooks, configs[layer.name]) for layer in plan.sites)
 
 
@@ -140,7 +142,7 @@ def site_of(layer: Layer, module: nn.Module | None = None, read: Callable[[], An
 
 
 def _contents(source: nn.Module | Checkpoint | str | Path, kinds: Mapping[str, str] | None) -> tuple[list[Layer], list[str]]:
-    """The layers and the names of all modules."""
+    """Return the layers and the names of all modules."""
     if isinstance(source, str | Path):
         source = open_checkpoint(source)
     if isinstance(source, Checkpoint):
@@ -151,7 +153,7 @@ def _contents(source: nn.Module | Checkpoint | str | Path, kinds: Mapping[str, s
 
 
 def _trained_modules(patterns: str | Iterable[str], modules: Sequence[str]) -> tuple[str, ...]:
-    """The outermost modules that the patterns name."""
+    """Return the outermost modules that the patterns match."""
     found: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matches = name_matcher(pattern)

@@ -1,7 +1,7 @@
-"""What a layer is for, read from its dotted name and its kind.
+"""Infer the role of a layer from its dotted name and its kind.
 
-The tables hold the names that transformers, torch and the original Llama code use. A whole segment of the name must
-be in a table; the rules are applied in the order in which `role_of` has them.
+The tables list the names that transformers, torch and the original Llama code use. A whole segment of the name must
+be in a table; the rules are applied in the order of `role_of`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ BLOCK_OF = {
     **dict.fromkeys(MLP_BLOCKS | MLP_LEAVES, "mlp"),
     **dict.fromkeys(ATTENTION_BLOCKS | ATTENTION_LEAVES, "attention"),
 }
-"""Segment of a name → the block that it tells of."""
+"""Segment of a name → the block that it implies."""
 
 PATTERNS = ("@attention", "@mlp", "@linear", "@embedding", "@conv", "@head", "@all")
 
 
 def role_of(name: str, kind: str | None) -> str:
-    """One of attention, mlp, embedding, conv, head, linear (any other matrix), norm, other."""
+    """Return one of attention, mlp, embedding, conv, head, linear (any other matrix), norm, other."""
     if kind is None:
         return "norm" if _is_norm(name.rpartition(".")[2]) else "other"
     if kind == "Embedding":
@@ -66,7 +66,7 @@ def _is_norm(leaf: str) -> bool:
 
 
 def _block_of(segments: list[str]) -> str | None:
-    """The innermost block wins: BERT's attention.output.dense is attention, its output.dense is mlp."""
+    """Return the innermost block that a segment implies: BERT's attention.output.dense is attention, its output.dense is mlp."""
     for segment in reversed(segments):
         if segment in BLOCK_OF:
             return BLOCK_OF[segment]

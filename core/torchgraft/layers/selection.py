@@ -1,4 +1,4 @@
-"""The selection grammar: which layers a list of patterns names.
+"""Select layers by a list of patterns.
 
 =====================  =================================================================================
 `*.{q,v}_proj`         glob on the whole dotted name: `*` crosses dots, `?` and `[…]` take one character,
@@ -31,6 +31,8 @@ MAX_BRACES = 100
 
 @dataclass(frozen=True)
 class Pattern:
+    """One compiled pattern."""
+
     text: str
     exclude: bool
     matches: Callable[[Layer], bool]
@@ -38,9 +40,11 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Selection:
+    """The selected layers."""
+
     layers: tuple[Layer, ...]
     counts: dict[str, int]
-    """How many layers each pattern matches by itself, as it was written."""
+    """Pattern as written → number of layers that it matches by itself."""
 
 
 def select(
@@ -50,7 +54,7 @@ def select(
     *,
     allow_unmatched: bool = False,
 ) -> Selection:
-    """The layers of a known kind that `targets` name, in the model's order.
+    """Return the layers of a known kind that `targets` name, in the model's order.
 
     Raises:
         SelectionError: a pattern is malformed; or, unless `allow_unmatched`, a pattern or a block matches nothing.
@@ -76,9 +80,10 @@ def select(
 
 
 def _refuse_unclear(unclear: list[Layer], patterns: list[Pattern]) -> None:
-    """
+    """Refuse to skip a layer of unknown kind silently.
+
     Raises:
-        SelectionError: a layer would be selected if its files told whether it is a Linear; it is not left out in silence.
+        SelectionError: a layer would be selected if the files showed that it is a Linear.
     """
     for layer in unclear:
         hits = [pattern.exclude for pattern in patterns if pattern.matches(layer)]
@@ -103,7 +108,7 @@ def parse(text: str) -> Pattern:
 
 
 def name_matcher(text: str) -> Callable[[str], bool]:
-    """For names that are not layers (whole modules): a name, a glob or re:…, without roles and `!`."""
+    """Compile a pattern for names of modules: a name, a glob or re:…, without roles and `!`."""
     if text.startswith(("@", "!")) or not text:
         raise SelectionError(f"{text!r}: a module's name, a glob or re:… is needed here")
     expression = _compile(text)
@@ -111,11 +116,11 @@ def name_matcher(text: str) -> Callable[[str], bool]:
 
 
 MAX_DIGITS = 9
-"""Of a block's number; Python refuses to read thousands of them."""
+"""Largest number of digits of a block's number, because Python refuses to parse thousands of them."""
 
 
 def block_of(name: str) -> int | None:
-    """The first number among the segments: layers.3.mlp.experts.5.w1 is in block 3."""
+    """Return the first number among the segments: layers.3.mlp.experts.5.w1 is in block 3."""
     number = next((segment for segment in name.split(".") if segment.isdecimal()), None)
     return None if number is None or len(number) > MAX_DIGITS else int(number)
 
@@ -131,7 +136,7 @@ def _compile(body: str) -> re.Pattern[str]:
     expression = body[3:] if is_regex else "|".join(_regex_of_glob(word) for word in expand_braces(body))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of sets like [[a], which may mean more in later Pythons
+            warnings.simplefilter("ignore", FutureWarning)  # for sets like [[a], which later versions of Python may read differently
             return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise SelectionError(f"{body[:60]!r} is not a {'regular expression' if is_regex else 'glob'}: {error}") from None
@@ -157,7 +162,7 @@ def _regex_of_piece(piece: str) -> str:
 
 
 def expand_braces(text: str) -> list[str]:
-    """ "a.{b,c{d,e}}" → ["a.b", "a.cd", "a.ce"].
+    """Expand braces: "a.{b,c{d,e}}" → ["a.b", "a.cd", "a.ce"].
 
     Raises:
         SelectionError: a brace is not closed or not opened, or there are too many.
@@ -178,7 +183,7 @@ def expand_braces(text: str) -> list[str]:
 
 
 def _split_braces(text: str, opening: int) -> tuple[list[str], str]:
-    """The comma-separated options of the brace at `opening`, and what follows it."""
+    """Return the comma-separated options of the brace at `opening`, and the text after it."""
     depth, start, options = 0, opening + 1, []
     for position in range(opening, len(text)):
         character = text[position]
@@ -207,7 +212,7 @@ def _in_blocks(sites: list[Layer], blocks: str | int | Iterable[int] | None, all
 
 
 def parse_blocks(blocks: str | int | Iterable[int]) -> list[range]:
-    """ "0-15,20" → [range(0, 16), range(20, 21)]."""
+    """Parse block ranges: "0-15,20" → [range(0, 16), range(20, 21)]."""
     if isinstance(blocks, int):
         blocks = [blocks]
     if not isinstance(blocks, str):
@@ -231,7 +236,7 @@ def _nothing_matches(pattern: Pattern, layers: Sequence[Layer], sites: list[Laye
     if not sites:
         return f"{start}: nothing in this model can be adapted"
     if blocks is not None and any(pattern.matches(layer) for layer in sites):
-        return f"{start} in blocks {blocks}, though it does in others"
+        return f"{start} in blocks {blocks}, but does in others"
     if body.startswith("@"):
         return f"{start}; the roles here are {', '.join('@' + role for role in sorted({layer.role for layer in sites}))}"
     if (container := _container(body, sites)) is not None:
@@ -240,7 +245,7 @@ def _nothing_matches(pattern: Pattern, layers: Sequence[Layer], sites: list[Laye
 
 
 def _container(body: str, sites: list[Layer]) -> str | None:
-    """A pattern for what is in the module that `body` names."""
+    """Return a pattern for the layers inside the module that `body` names, or None."""
     if body.startswith("re:"):
         return None
     expression = _compile(body)

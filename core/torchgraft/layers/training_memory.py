@@ -1,4 +1,4 @@
-"""What training takes in memory, from shapes alone: weights, gradients and the optimizer's state, without activations."""
+"""Estimate the memory of training from shapes alone: weights, gradients and optimizer state, without activations."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 
 MOMENTS = 2
-"""What Adam keeps for each trained number, in its own type."""
+"""Moments that Adam stores for each trained parameter, in the parameter's dtype."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """In bytes."""
+    """Memory of training, in bytes."""
 
     trainable: int
-    """Numbers that are trained, not bytes."""
+    """Number of trained parameters (not bytes)."""
     weights: int
-    """Of the model, as the method keeps them."""
+    """Bytes of the model's weights as the method stores them."""
     adapter: int
     gradients: int
     optimizer: int
-    """Two moments for each trained number, as Adam has them."""
+    """Bytes of Adam's two moments for each trained parameter."""
 
     @property
     def total(self) -> int:
@@ -38,32 +38,32 @@ class Memory:
 
 
 def full_memory(plan: Plan) -> Memory:
-    """Of training every weight of the model, in the type that it is stored in."""
+    """Estimate training every weight of the model in its stored dtype."""
     weights = sum(layer.bytes for layer in plan.layers)
     return Memory(plan.total_params, weights, 0, weights, MOMENTS * weights)
 
 
 def adapter_memory(plan: Plan, hooks: MethodHooks, configs: Mapping[str, Config]) -> Memory:
-    """Of training an adapter; modules that are trained whole are copied, and trained beside it."""
+    """Estimate training an adapter. Fully trained modules are copied and trained, too."""
     inside = frozenset(plan.trained)
     whole = [layer for layer in plan.layers if is_inside(layer.name, inside)]
     copied = sum(layer.bytes for layer in whole)
     weights = sum(_frozen_bytes(layer, configs.get(layer.name)) for layer in plan.layers)
-    numbers, trained, kept = sum(layer.params for layer in whole), copied, copied
+    params, trained, stored = sum(layer.params for layer in whole), copied, copied
     for layer in plan.sites:
         config = configs[layer.name]
         size = SIZES[str(getattr(config, "dtype", "float32"))]
         shapes = hooks.shapes(site_of(layer), config)
         own = sum(prod(shape) for name, shape in shapes.items() if name not in hooks.method.buffers)
-        numbers, trained = numbers + own, trained + own * size
-        kept += sum(map(prod, shapes.values())) * size
-    return Memory(numbers, weights, kept, trained, MOMENTS * trained)
+        params, trained = params + own, trained + own * size
+        stored += sum(map(prod, shapes.values())) * size
+    return Memory(params, weights, stored, trained, MOMENTS * trained)
 
 
 def memory_of_methods(plan: Plan, chosen: MethodHooks, configs: Mapping[str, Config], options: Mapping[str, object]) -> dict[str, Memory]:
-    """Method → what it takes on the same sites; `chosen` with its own configs, the others with those of `options` that they have.
+    """Estimate every method on the same sites: `chosen` with its own configs, the others with those of `options` that they have.
 
-    A method that does not work on these sites, or needs an option that is not given, is left out.
+    A method that does not work on these sites, or needs an option that is not given, is skipped.
     """
     found = {}
     for method in sorted(registry().methods(), key=lambda method: method.name):
@@ -78,8 +78,8 @@ def memory_of_methods(plan: Plan, chosen: MethodHooks, configs: Mapping[str, Con
             found[method.name] = adapter_memory(plan, registry().hooks(method.name), same)
         except (ValueError, TorchgraftError):
             continue
-        except Exception as error:  # noqa: BLE001  (one method's fault must not take the others' estimates down)
-            warnings.warn(f"{method.name} is left out of the estimates: {type(error).__name__}: {error}", TorchgraftWarning, stacklevel=2)
+        except Exception as error:  # noqa: BLE001  (an error in one method must not prevent the others' estimates)
+            warnings.warn(f"{method.name} is skipped in the estimates: {type(error).__name__}: {error}", TorchgraftWarning, stacklevel=2)
     return found
 
 

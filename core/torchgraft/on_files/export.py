@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.peft_lora import LowRankPeft
 from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.adapter_files.writing import Contents, SavedSite, write
@@ -99,7 +98,7 @@ def export_adapter(
         also_train=tuple(whole),
         also_saved={},
         modules=None if checkpoint is None or names else module_names(checkpoint),
-        base=files.native.get("base") or files.peft.get("base_model_name_or_path"),
+        base=files.base,
     )
     with new_directory(target) as directory:
         write(contents, directory, native=False)
@@ -173,5 +172,5 @@ def _with_one_alpha(folded: Sequence[Folded]) -> tuple[LowRankConfig, list[Saved
 
 def _whole(module: str, pairing: Pairing, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The state of a module that is trained whole, by its name in the adapter."""
-    start = f"{peft_names.PREFIX if pairing.files.peft else ''}{module}."
+    start = f"{pairing.files.prefix}{module}."
     return {name.removeprefix(start): tensors[name] for name in pairing.trained.values() if name.startswith(start)}

@@ -236,9 +236,11 @@ def _recorded_quantization(ingredients: Sequence[Ingredient]) -> dict[str, dict[
     """Layer of the base → how it was quantised when an adapter was trained, and from what dtype."""
     recorded: dict[str, dict[str, Any]] = {}
     for one in ingredients:
-        native = one.pairing.files.native
-        sites = [site for site in native.get("sites", []) if site.get("quantization")]
-        found = {**native.get("quantized", {}), **{site["name"]: {**site["quantization"], "from": site["dtype"]} for site in sites}}
+        record = one.pairing.files.record
+        if record is None:
+            continue
+        sites = [site for site in record.sites if site.quantization]
+        found = {**record.quantized, **{site.name: {**site.quantization, "from": site.dtype} for site in sites}}
         for own_name, how in found.items():
             name = one.pairing.modules.get(own_name, own_name)
             if recorded.setdefault(name, how) != how:

@@ -1,1 +1,1 @@
-"""Does this adapter fit this base, and under which names?"""
+"""Check whether an adapter fits a base, and under which names."""

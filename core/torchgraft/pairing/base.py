@@ -1,4 +1,4 @@
-"""What pairing works with: the base as far as it is looked at, and what came of matching an adapter with it."""
+"""Describe a base for pairing: a module, a checkpoint, or what an adapter's record shows of its base."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.checkpoint import fingerprint
 from torchgraft.checkpoint.reading import Checkpoint
@@ -26,19 +25,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """A model or a checkpoint, as far as pairing looks at it."""
+    """The parts of a model or a checkpoint that pairing uses."""
 
     label: str
     layers: Mapping[str, Layer]
     tensors: Mapping[str, Shape]
     fingerprint: Callable[[str], str]
-    """Of the layer's weight."""
+    """Returns the fingerprint of a layer's weight."""
     is_module: bool
     namings: Callable[[], Iterable[Naming]] = list
-    """What transformers calls the tensors elsewhere; it may be slow, or raise PairingError."""
+    """Returns transformers' other names for the tensors; may be slow, or raise PairingError."""
 
     def named(self, naming: Naming) -> Base:
-        """This base with the names of `naming`, which may leave layers out."""
+        """Return this base under the names of `naming`, without the layers that have no name in it."""
         others = {own: name for name, own in naming.modules.items()}
         layers = {
             others[name]: replace(layer, name=others[layer.name], aliases=())
@@ -75,27 +74,27 @@ def base_of_module(model: nn.Module) -> Base:
 
 
 def layer_of(tensor: str, layers: Mapping[str, Layer]) -> str:
-    """The name of the layer that an adapter's tensor belongs to, or ""."""
+    """Return the name of the layer that an adapter's tensor belongs to, or ""."""
     owner = owner_of(tensor, layers)
     return layers[owner].name if owner else ""
 
 
 def base_of_record(files: AdapterFiles) -> Base:
-    """The base as far as our record describes it."""
-    if not files.native:
+    """Return the base as far as torchgraft's record describes it.
+
+    Raises:
+        FileFormatError: PEFT wrote the adapter, so it has no record.
+    """
+    if files.record is None:
         raise FileFormatError(
-            f"{files.directory}: PEFT wrote it, and it does not tell the layers' kinds and shapes; give its base: --base MODEL"
+            f"{files.directory}: PEFT wrote this adapter, which does not record the layers' kinds and shapes; give its base: --base MODEL"
         )
-    sites = files.native["sites"]
     layers = {
-        site["name"]: Layer(
-            site["name"], site["kind"], tuple(site["shape"]), site["dtype"], 0, 0, site.get("bias", False), site.get("groups", 1)
-        )
-        for site in sites
+        name: Layer(name, site.kind, site.shape, site.dtype, 0, 0, site.bias or False, site.groups)
+        for name, site in files.recorded_sites.items()
     }
-    prefix = peft_names.PREFIX if files.peft else ""
-    also_train = files.native["also_train"]
-    shapes = {name.removeprefix(prefix): shape for name, (_, shape) in files.shapes.items()}
+    also_train = files.record.also_train
+    shapes = {name.removeprefix(files.prefix): shape for name, (_, shape) in files.shapes.items()}
     return Base(
         str(files.directory),
         layers,

@@ -1,4 +1,4 @@
-"""Does this adapter belong on this base? Answered from names, shapes and samples, before anything is read or changed."""
+"""Decide from names, shapes and samples whether an adapter fits a base, before any tensor is loaded or changed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torchgraft.pairing.naming import Naming, own_names
 from torchgraft.pairing.native import pair_native
 from torchgraft.pairing.pairing import Pairing
 from torchgraft.pairing.peft import pair_peft
-from torchgraft.pairing.tensor_checks import _prefix, check_tensors, check_weights
+from torchgraft.pairing.tensor_checks import check_tensors, check_weights
 
 
 def pair(files: AdapterFiles, base: Base) -> Pairing:
-    """Match every tensor of the adapter with its place in the base. All problems are collected, not only the first.
+    """Match every tensor of the adapter with its place in the base, and collect all problems.
 
-    If some of the adapter's names have no place, other names of the base are tried (see `naming`); one naming must fit them all.
+    If some of the adapter's names are not in the base, the base is tried under other names (see `naming`); one naming must fit all.
 
     Raises:
         PluginError: the method is not installed.
@@ -34,7 +34,7 @@ def pair(files: AdapterFiles, base: Base) -> Pairing:
 
 
 def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairing:
-    """As `pair`, under the names that were found before (`Pairing.tensor_names`), and without a look at the weights."""
+    """Pair under names that `pair` found before (`Pairing.tensor_names`), without checking the weights."""
     if not names:
         return _match(files, base)
     others = set(names.values())
@@ -42,19 +42,19 @@ def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairin
 
 
 def _match(files: AdapterFiles, base: Base) -> Pairing:
-    """By names, kinds and shapes."""
-    pairing = pair_native(files, base) if files.native else pair_peft(files, base)
+    """Match by names, kinds and shapes."""
+    pairing = pair_native(files, base) if files.record else pair_peft(files, base)
     check_tensors(pairing, base)
     return pairing
 
 
 def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
-    """The one pairing under other names that has no problems; else the one that says best what is wrong.
+    """Return the pairing under other names that has no problems, else the one that fits the most tensors.
 
     Raises:
-        PairingError: two prefixes would do.
+        PairingError: two prefixes fit.
     """
-    names = [name.removeprefix(_prefix(files)) for name in files.shapes]
+    names = [name.removeprefix(files.prefix) for name in files.shapes]
     best = _best([exact, *_with_a_prefix(files, base, own_names(base.tensors), names)])
     if not best.problems:
         return best
@@ -76,13 +76,13 @@ def _with_a_prefix(files: AdapterFiles, base: Base, naming: Naming, names: list[
     fits = [pairing.note for pairing in tried if not pairing.problems]
     if len(fits) > 1:
         raise PairingError(
-            f"{files.directory} fits {base.label} in more than one place, and nothing tells which is meant: {'; or '.join(fits)}"
+            f"{files.directory} fits {base.label} in more than one place, and it is ambiguous which is meant: {'; or '.join(fits)}"
         )
     return tried
 
 
 def _best(tried: list[Pairing]) -> Pairing:
-    """The first without problems; else the first of those that find a place for the most tensors."""
+    """Return the first pairing without problems, else the first that fits the most tensors."""
     return min(tried, key=lambda pairing: (bool(pairing.problems), len(pairing.unused)))
 
 
@@ -91,13 +91,15 @@ def _match_as(files: AdapterFiles, base: Base, naming: Naming) -> Pairing:
 
 
 def _in_base_names(pairing: Pairing, naming: Naming, is_module: bool) -> Pairing:
-    """The pairing that was made under the names of `naming`, with the base's own."""
+    """Translate a pairing from the names of `naming` to the base's own names."""
     for index, paired in enumerate(pairing.sites):
         pairing.sites[index] = replace(paired, site=replace(paired.site, name=naming.modules[paired.site.name]))
     modules = {name: naming.module(name) for name in pairing.also_train}
     for name, own in modules.items() if is_module else ():
         if not own and any(is_inside(tensor, [name]) for tensor in naming.tensors):
-            pairing.problems.append(f"{name}: the adapter holds it whole, and what is in it has other names here, so it cannot be replaced")
+            pairing.problems.append(
+                f"{name}: the adapter contains the whole module, but its tensors have other names here, so it cannot be replaced"
+            )
     pairing.also_train = tuple(own or name for name, own in modules.items())
     pairing.trained = {naming.tensors[name]: saved for name, saved in pairing.trained.items()}
     renamed = {paired.own_name: paired.site.name for paired in pairing.sites} | {name: own for name, own in modules.items() if own}

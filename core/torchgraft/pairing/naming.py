@@ -1,8 +1,8 @@
-"""What an adapter may call a base's tensors, other than the base does.
+"""Find the names under which an adapter's tensors are in a base.
 
-An adapter has the names that modules had where it was made. A model with a head puts a prefix before those of the bare model
-(`layers.0…` becomes `model.layers.0…`), and transformers renames between files and memory. So pairing may read the base under
-other names; the names say what fits, not a list of prefixes.
+An adapter has the names that the modules had in training. A model with a head prefixes the names of the bare model
+(`layers.0…` becomes `model.layers.0…`), and transformers renames between files and memory. If the adapter's names
+exist in the base, they are used. Otherwise prefixes are inferred from the names themselves, not from a list.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torchgraft.layers.layer import parent_of
 
 @dataclass(frozen=True)
 class Naming:
-    """One way to name the base's tensors. Those that have no name in it cannot be the adapter's."""
+    """One way to name the base's tensors. Tensors without a name in it cannot match the adapter."""
 
     tensors: Mapping[str, str]
-    """The name in this naming → the base's own."""
+    """Name in this naming → the base's own name."""
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """The same for the modules that have these tensors; where a module's tensors went apart, it is where its weight is."""
+        """The same mapping for modules. If a module's tensors map to different modules, the one that owns `.weight` wins."""
         names: dict[str, str] = {}
         for name, own in self.tensors.items():
             if own.endswith(".weight") or parent_of(own) not in names:
@@ -31,9 +31,9 @@ class Naming:
         return {name: own for own, name in names.items()}
 
     def prefixed(self, adapters: Iterable[str]) -> Iterator[Naming]:
-        """This naming with a prefix taken off or put on: each prefix that finds a layer for one of the adapter's tensors.
+        """Yield this naming with a prefix removed or added, for each prefix that finds a layer for one of the adapter's tensors.
 
-        A tensor keeps its name if the adapter has names that begin so and that the prefix does not explain: a head beside the body.
+        A tensor keeps its name if the adapter has names with the same first segment that the prefix does not explain (a head).
         """
         names = list(adapters)
         heads = {name.partition(".")[0] for name in names}
@@ -50,7 +50,7 @@ class Naming:
             yield Naming(renamed)
 
     def module(self, name: str) -> str:
-        """The base's module that holds, under the same names within it, what `name` holds here; or "" if there is none."""
+        """Return the base's module that has the tensors of `name`, under the same names inside it; or ""."""
         inside = {tensor.removeprefix(name): own for tensor, own in self.tensors.items() if tensor.startswith(f"{name}.")}
         found = {own.removesuffix(tail) for tail, own in inside.items() if own.endswith(tail)}
         fits = len(found) == 1 and all(own.endswith(tail) for tail, own in inside.items())
@@ -62,14 +62,14 @@ def own_names(tensors: Iterable[str]) -> Naming:
 
 
 def owner_of(tensor: str, modules: Container[str]) -> str:
-    """The module whose name the tensor's begins with; the longest such, or ""."""
+    """Return the longest module name that is a prefix of the tensor's name, or ""."""
     segments = tensor.split(".")
     names = (".".join(segments[:end]) for end in range(len(segments) - 1, 0, -1))
     return next((name for name in names if name in modules), "")
 
 
 def described(renamed: Mapping[str, str]) -> str:
-    """One line that says what `renamed` (the adapter's name → the base's) does; "" if it is empty."""
+    """Describe `renamed` (adapter's name → base's name) in one line; "" if it is empty."""
     changes: dict[tuple[str, str], list[str]] = {}
     for name, own in renamed.items():
         here, there, tail = _without_common_tail(name, own)
@@ -106,9 +106,9 @@ def _removing(prefix: str) -> Callable[[str], str]:
 
 
 def _prefixes(adapters: Iterable[str], naming: Naming) -> dict[tuple[str, bool], None]:
-    """(prefix, whether the adapter's names have it and the base's lack it), from one name of each kind that is not in the naming.
+    """Return (prefix, whether only the adapter's names have it) candidates, from one unknown name per first segment.
 
-    A prefix with a number is none: it would put an adapter for one block, or one expert, into another.
+    Prefixes with a number are dropped, because they would match one block or expert with another.
     """
     unknown: dict[str, str] = {}
     for name in adapters:

@@ -1,13 +1,13 @@
-"""Pairing an adapter by our own record."""
+"""Pair an adapter by torchgraft's record."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from torchgraft.adapter_files.reading import AdapterFiles
+from torchgraft.adapter_files.record import MethodRecord, SiteRecord
 from torchgraft.errors import PluginError, near
 from torchgraft.layers.layer import Layer
 from torchgraft.layers.plan import site_of
@@ -21,57 +21,59 @@ SHOWN = 3
 
 
 def pair_native(files: AdapterFiles, base: Base) -> Pairing:
-    record = files.native
-    method = _method_of(files)
-    config = parse_config(method.name, method.config, record["config"])
-    pairing = Pairing(files, method, config, also_train=tuple(record["also_train"]))
-    twice = [name for name, count in Counter(entry["name"] for entry in record["sites"]).items() if count > 1]
-    pairing.problems += [f"{name}: the adapter's record has it twice" for name in twice]
-    for entry in record["sites"]:
+    """Match the sites of the record with the base's layers."""
+    record = files.record
+    assert record is not None
+    method = _method_of(files.directory, record.method)
+    config = parse_config(method.name, method.config, record.config)
+    pairing = Pairing(files, method, config, also_train=tuple(record.also_train))
+    twice = [name for name, count in Counter(entry.name for entry in record.sites).items() if count > 1]
+    pairing.problems += [f"{name}: the adapter's record lists it twice" for name in twice]
+    for entry in record.sites:
         layer, problem = _find_layer(entry, base)
         if layer is None:
-            pairing.problems.append(problem or no_layer(entry["name"], pairing, base))
+            pairing.problems.append(problem or no_layer(entry.name, pairing, base))
             continue
-        if entry.get("bias", layer.has_bias) != layer.has_bias and registry().hooks(method.name).merges_bias:
+        if entry.bias not in (None, layer.has_bias) and registry().hooks(method.name).merges_bias:
             with_, without = ("the base", "the adapter's") if layer.has_bias else ("the adapter's", "the base")
-            pairing.problems.append(f"{entry['name']}: {with_} layer has a bias and {without} has none, which {method.name} changes, too")
-        own = config.with_(method.name, entry["config"])
-        pairing.sites.append(PairedSite(site_of(layer), own, entry["name"]))
+            pairing.problems.append(f"{entry.name}: {with_} layer has a bias and {without} has none, which {method.name} changes, too")
+        own = config.with_(method.name, entry.config)
+        pairing.sites.append(PairedSite(site_of(layer), own, entry.name))
     return pairing
 
 
-def _method_of(files: AdapterFiles) -> Method:
-    """
+def _method_of(directory: Path, recorded: MethodRecord) -> Method:
+    """Return the method that the record names.
+
     Raises:
-        PluginError: it cannot be had; says what the adapter was made with.
+        PluginError: it is not available; the message shows which plugin the adapter was created with.
     """
-    recorded = files.native["method"]
     try:
-        return registry().method(recorded["name"])
+        return registry().method(recorded.name)
     except PluginError as error:
-        made = " ".join(str(recorded[key]) for key in ("distribution", "version") if recorded.get(key))
-        raise PluginError(f"{files.directory}: it was made with {made or 'another installation'}: {error}") from None
+        made = " ".join(part for part in (recorded.distribution, recorded.version) if part)
+        raise PluginError(f"{directory}: created with {made or 'another installation'}: {error}") from None
 
 
-def _find_layer(entry: Mapping[str, Any], base: Base) -> tuple[Layer | None, str]:
-    """The base's layer for one recorded site, of the recorded kind; or what is wrong with it, which is "" if there is none."""
-    name, shape, kind = entry["name"], tuple(entry["shape"]), entry["kind"]
+def _find_layer(entry: SiteRecord, base: Base) -> tuple[Layer | None, str]:
+    """Return (layer, "") for one recorded site, or (None, problem); the problem is "" if the base has no such layer."""
+    name, shape, kind = entry.name, entry.shape, entry.kind
     layer = base.layers.get(name)
     if layer is None:
         return None, ""
     if layer.shape != shape:
-        return None, f"{name}: the adapter was made for a weight of shape {list(shape)}, the base's is {list(layer.shape)}"
-    if layer.kind is None and layer.is_open:  # the record knows the orientation that the files do not tell
+        return None, f"{name}: the adapter expects a weight of shape {list(shape)}, the base has {list(layer.shape)}"
+    if layer.kind is None and layer.is_open:  # the record has the orientation, which the files do not show
         if not registry().kind(kind).fits(shape):
             return None, f"{name}: a {kind}'s weight cannot have the shape {list(shape)}"
         layer = replace(layer, kind=kind)
     if layer.kind is None:
-        return None, f"{name}: {layer.reason or 'is no layer that an adapter can be put on'}"
+        return None, f"{name}: {layer.reason or 'is not a layer that can have an adapter'}"
     if kind not in (layer.kind, registry().kind(layer.kind).stored_as):
-        return None, f"{name}: the adapter was made for a {kind}, the base has a {layer.kind} there"
-    return replace(layer, groups=entry.get("groups", 1)), ""
+        return None, f"{name}: the adapter expects a {kind}, the base has a {layer.kind}"
+    return replace(layer, groups=entry.groups), ""
 
 
 def no_layer(name: str, pairing: Pairing, base: Base) -> str:
-    """With names that resemble it, for the first few: looking for them takes long where hundreds of layers are missing."""
+    """Return the message for a missing layer; only the first few suggest near names, because the search is slow for hundreds."""
     return f"{name}: the base has no such layer{near(name, base.layers) if len(pairing.problems) < SHOWN else ''}"

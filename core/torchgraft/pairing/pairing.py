@@ -1,11 +1,10 @@
-"""What came of matching an adapter with a base."""
+"""The result of matching an adapter with a base."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.errors import PairingError
 from torchgraft.method.config import Config
@@ -19,69 +18,76 @@ from torchgraft.plugin.registry import registry
 
 @dataclass(frozen=True)
 class PairedSite:
+    """A site of the adapter that was found in the base."""
+
     site: Site
     config: Config
     own_name: str
-    """What the adapter calls the site."""
+    """Name of the site in the adapter."""
     tensors: dict[str, str] = field(default_factory=dict)
     """The method's (or PEFT's) name of each tensor → its name in the file."""
 
 
 @dataclass
 class Pairing:
+    """The sites and modules of an adapter in a base, and the problems that were found."""
+
     files: AdapterFiles
     method: Method
     config: Config
     sites: list[PairedSite] = field(default_factory=list)
     also_train: tuple[str, ...] = ()
     trained: dict[str, str] = field(default_factory=dict)
-    """The base's tensor that is replaced whole → the name in the adapter's file."""
+    """Tensor of the base that is replaced → name in the adapter's file."""
     problems: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
-    """The tensors in the adapter's file that have no place in the base."""
+    """Tensors in the adapter's file that match nothing in the base."""
     renamed: dict[str, str] = field(default_factory=dict)
-    """The adapter's name of a site or a module → the base's, where they differ."""
+    """Adapter's name of a site or a module → the base's name, where they differ."""
     modules: Mapping[str, str] = field(default_factory=dict)
-    """The same for every module of the base."""
+    """Adapter's name → base's name, for every module of the base."""
 
     @property
     def tensor_names(self) -> dict[str, str]:
-        """What the adapter calls the base's tensors that it changes → the base's names; empty if the names are the same."""
-        prefix = peft_names.PREFIX if self.files.peft else ""
+        """Map the adapter's names of the base tensors that it changes to the base's names; empty if all are the same."""
+        prefix = self.files.prefix
         names = {f"{paired.own_name}.weight": f"{paired.site.name}.weight" for paired in self.sites}
         names |= {saved.removeprefix(prefix): own for own, saved in self.trained.items()}
         return names if any(name != own for name, own in names.items()) else {}
 
     @property
     def caveat(self) -> str:
-        """What cannot be told of an adapter: of one that PEFT wrote, or that another version of a plugin made; or ""."""
-        if self.files.native:
+        """What cannot be verified because PEFT wrote the adapter, or another version of a plugin created it; or ""."""
+        if self.files.record:
             return self.other_plugin
         named = self.files.peft.get("base_model_name_or_path")
         return (
-            f"{self.files.directory}: PEFT records names and shapes, and nothing of the weights: whether this is its base"
-            f"{f' ({named})' if named else ''}, and whether that was quantized in training, cannot be told"
+            f"{self.files.directory}: PEFT records only names and shapes, so torchgraft cannot verify that this is the right base"
+            f"{f' ({named})' if named else ''} or whether it was quantized during training"
         )
 
     @property
     def other_plugin(self) -> str:
-        """Which other plugin, or version of it, the adapter was made with; or "". The bundled ones read what earlier ones wrote."""
-        recorded, info = self.files.native.get("method", {}), registry().info(self.method.name)
-        made = (recorded.get("distribution", ""), recorded.get("version", ""))
+        """Warning that another plugin or version created the adapter, or "". Bundled plugins read what their earlier versions wrote."""
+        if self.files.record is None:
+            return ""
+        recorded, info = self.files.record.method, registry().info(self.method.name)
+        made = (recorded.distribution or "", recorded.version or "")
         if made == (info.distribution, info.version) or made[0] == info.distribution == DISTRIBUTION or not made[0]:
             return ""
         return (
-            f"{self.files.directory}: it was made with {' '.join(made)}, and {info.distribution} {info.version} is installed: "
-            f"whether that {self.method.name} computes the same cannot be told"
+            f"{self.files.directory}: created with {' '.join(made)}, but {info.distribution} {info.version} is installed; "
+            f"its {self.method.name} may compute something else"
         )
 
     @property
     def note(self) -> str:
-        """What was made of names that differ, in one line; or ""."""
+        """One line that describes how the names differ, or ""."""
         return described(self.renamed)
 
     def demand(self, base: Base) -> Pairing:
-        """
+        """Return this pairing if it has no problems.
+
         Raises:
             PairingError: there are problems.
         """

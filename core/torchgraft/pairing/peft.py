@@ -1,4 +1,4 @@
-"""Pairing an adapter that PEFT wrote: its config and the names of its tensors are all there is to go by."""
+"""Pair an adapter that PEFT wrote, by its config and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
     pairing, whole = Pairing(files, method, config, also_train=also_train), frozenset(also_train)
     tensors: dict[str, list[str]] = defaultdict(list)
     for key in files.shapes:
-        name = key.removeprefix(peft_names.PREFIX)
+        name = key.removeprefix(files.prefix)
         if name == key:
-            pairing.problems.append(f"the tensor {key!r} does not start with {peft_names.PREFIX!r}, as PEFT's names do")
+            pairing.problems.append(f"the tensor {key!r} does not start with {files.prefix!r}, as PEFT's names do")
         elif not is_inside(name, whole) and (owner := layer_of(name, base.layers)):
             tensors[owner].append(key)
     for name, keys in tensors.items():
         _pair_peft_site(pairing, files, base.layers[name], keys, base.is_module)
     for layer in dict.fromkeys(base.layers.values()):
         if layer.kind is not None and layer.name not in tensors and peft_names.is_target(files.peft, layer):
-            pairing.problems.append(f"{layer.name}: the adapter's target_modules name this layer, and there is no tensor for it")
+            pairing.problems.append(f"{layer.name}: target_modules match this layer, but the adapter has no tensor for it")
     return pairing
 
 
@@ -44,11 +44,11 @@ def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors
     named = {name: files.shapes[name][1] for name in tensors}
     if layer.kind is None:
         pairing.problems.append(
-            f"{layer.name}: {layer.reason or f'is a {layer.role} layer of shape {list(layer.shape)}, which no adapter fits'}"
+            f"{layer.name}: {layer.reason or f'is a {layer.role} layer of shape {list(layer.shape)}, which cannot have an adapter'}"
         )
         return
     assert pairing.method.peft is not None
-    suffixes = {name.removeprefix(f"{peft_names.PREFIX}{layer.name}."): shape for name, shape in named.items()}
+    suffixes = {name.removeprefix(f"{files.prefix}{layer.name}."): shape for name, shape in named.items()}
     groups = layer.groups if is_module else pairing.method.peft.groups(layer.shape, suffixes)
     site = site_of(replace(layer, groups=groups))
     try:
@@ -76,19 +76,19 @@ def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:
             raise PairingError(f"{files.directory}: {error}") from None
         if config is not None:
             return method, config
-    said = f"peft_type {kind!r}" + (" with use_dora" if files.peft.get("use_dora") else "")
-    raise PairingError(f"{files.directory}: no installed method reads PEFT's {said}; see 'adapt plugins list'")
+    found = f"peft_type {kind!r}" + (" with use_dora" if files.peft.get("use_dora") else "")
+    raise PairingError(f"{files.directory}: no installed method reads PEFT's {found}; see 'adapt plugins list'")
 
 
 def _saved_modules(files: AdapterFiles, base: Base) -> tuple[str, ...]:
-    """The base's modules that `modules_to_save` names; and the names that it alone explains, though the base lacks them."""
+    """Return the base's modules that `modules_to_save` names, and those in the file that the base lacks."""
     wanted = tuple(files.peft.get("modules_to_save") or [])
     found = peft_names.saved_modules(wanted, _parents(base.tensors))
-    in_file = _parents(name.removeprefix(peft_names.PREFIX) for name in files.shapes)
+    in_file = _parents(name.removeprefix(files.prefix) for name in files.shapes)
     absent = [name for name in in_file if any(name == want or name.endswith(f".{want}") for want in wanted) and not is_inside(name, found)]
     return (*found, *absent)
 
 
 def _parents(tensors: Iterable[str]) -> list[str]:
-    """Every module that the names of tensors imply."""
+    """Return every module that the names of tensors imply."""
     return sorted({name[:place] for name in tensors for place, character in enumerate(name) if character == "."})

@@ -1,4 +1,4 @@
-"""Whether an adapter's tensors, and the base's weights, are those that are expected."""
+"""Check that an adapter's tensors and the base's weights are the expected ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Container, Iterable
 from dataclasses import replace
 
-from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.checkpoint import fingerprint
 from torchgraft.dtypes import ADAPTABLE
@@ -22,8 +21,8 @@ OTHER_BASE = "the base's weight is not the one that the adapter was made for: an
 
 
 def check_tensors(pairing: Pairing, base: Base) -> None:
-    """Every expected tensor is there with its shape, and there is no other."""
-    files, used, prefix = pairing.files, set[str](), _prefix(pairing.files)
+    """Check that every expected tensor is present with its shape, and that there are no others."""
+    files, used, prefix = pairing.files, set[str](), pairing.files.prefix
     for index, paired in enumerate(pairing.sites):
         expected = _expected(pairing, paired)
         named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
@@ -35,14 +34,14 @@ def check_tensors(pairing: Pairing, base: Base) -> None:
             for suffix, shape in expected.items()
         )
         pairing.problems += [problem for problem in problems if problem]
-    absent = [entry["name"] for entry in files.native.get("sites", []) if entry["name"] not in base.layers]  # a problem already
-    whole, saved = frozenset(pairing.also_train), frozenset(files.native.get("also_saved", []))
+    absent = [name for name in files.recorded_sites if name not in base.layers]  # already reported
+    whole, saved = frozenset(pairing.also_train), frozenset(files.record.also_saved if files.record else ())
     inside_of = _inside(base.tensors, whole)
     for module in pairing.also_train:
         inside = {name: base.tensors[name] for name in inside_of.get(module, ())}
         if not inside:
             absent.append(module)
-            pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter holds it whole")
+            pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter contains it")
         pairing.trained.update({name: prefix + name for name in inside})
         pairing.problems += [p for name, shape in inside.items() if (p := _problem(files, prefix + name, shape))]
         used.update(prefix + name for name in inside)
@@ -53,7 +52,7 @@ def check_tensors(pairing: Pairing, base: Base) -> None:
 
 
 def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[str]]:
-    """Module → the tensors in it."""
+    """Map each module to the tensors in it."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in tensors:
         for outer in outer_names(name):
@@ -62,23 +61,17 @@ def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[s
     return found
 
 
-def _prefix(files: AdapterFiles) -> str:
-    """What stands before the names in the file."""
-    return peft_names.PREFIX if files.peft else ""
-
-
 def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
-    """PEFT saves the frozen weight of a targeted embedding or head, too: that tensor's name, or ""."""
-    name = f"{peft_names.PREFIX}{paired.own_name}.base_layer.weight"
+    """Return the name of the frozen weight that PEFT also saves for a targeted embedding or head, or ""."""
+    name = f"{files.prefix}{paired.own_name}.base_layer.weight"
     return name if files.peft and files.shapes.get(name, ("", ()))[1] == paired.site.shape else ""
 
 
 def check_weights(pairing: Pairing, base: Base) -> None:
-    """The base's weights are those that the adapter was made for, as far as it tells."""
-    recorded = {entry["name"]: entry for entry in pairing.files.native.get("sites", [])}
+    """Check that the base's weights have the recorded fingerprints."""
     for paired in pairing.sites:
-        site, entry = paired.site, recorded.get(paired.own_name, {})
-        known = [(entry.get("dtype", ""), entry.get("fingerprint", ""))]
+        site, entry = paired.site, pairing.files.recorded_sites.get(paired.own_name)
+        known = [(entry.dtype, entry.fingerprint)] if entry else []
         if name := _frozen_copy(pairing.files, paired):
             known.append((pairing.files.shapes[name][0], fingerprint.of_tensor(pairing.files.read(name))))
         for dtype, print_ in known:
@@ -112,13 +105,13 @@ def _type_problem(files: AdapterFiles, name: str) -> str:
 def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        bare = name.removeprefix(_prefix(pairing.files))
+        bare = name.removeprefix(pairing.files.prefix)
         owner = layer_of(bare, base.layers)
         module = owner or ".".join(bare.split(".")[:-2]) or bare
         groups[module].append(name)
     for module, found in groups.items():
         shown = ", ".join(found[:SHOWN]) + ("…" if len(found) > SHOWN else "")
         if module in base.layers:
-            pairing.problems.append(f"{module}: the adapter's tensor {shown} has no use there")
+            pairing.problems.append(f"{module}: unexpected adapter tensor {shown}")
         else:
             pairing.problems.append(f"{no_layer(module, pairing, base)} (adapter's tensor {shown})")

@@ -1,4 +1,4 @@
-"""The tensors of an adapter that was paired with a base."""
+"""Read the tensors of an adapter that was paired with a base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def read_tensors(pairing: Pairing) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in its file.
+    """Read the adapter's tensors by their names in its file.
 
     Raises:
         PairingError: one of them is not finite.
@@ -26,7 +26,7 @@ def read_tensors(pairing: Pairing) -> dict[str, Tensor]:
 
 
 def not_finite(pairing: Pairing, read: Callable[[str], Tensor]) -> list[str]:
-    """What is wrong with the values of the adapter's tensors, of which one at a time is looked at."""
+    """Return a message for each tensor that has NaN or infinite entries. One tensor is read at a time."""
     from torchgraft.arithmetic.precision import all_finite
 
     where = {name: (paired.site.name, suffix) for paired in pairing.sites for suffix, name in paired.tensors.items()}
@@ -39,10 +39,10 @@ def not_finite(pairing: Pairing, read: Callable[[str], Tensor]) -> list[str]:
 
 
 class AdapterTensors:
-    """Those of an adapter's file.
+    """The tensors in an adapter's file.
 
     Raises:
-        PairingError: one of them is not finite, or what its sites share is not what it was trained with.
+        PairingError: one of them is not finite, or the tensors that its sites share are not those of training.
     """
 
     def __init__(self, pairing: Pairing) -> None:
@@ -52,15 +52,15 @@ class AdapterTensors:
         self._pairing = pairing
         sites = [paired.site for paired in pairing.sites]
         self._shared = make_shared(registry().hooks(pairing.method.name), sites, pairing.config)
-        found, recorded = self._shared.digests(), pairing.files.native.get("shared", {})
-        if found != recorded and pairing.files.native:
+        found, recorded = self._shared.digests(), pairing.files.record
+        if recorded and found != recorded.shared:
             raise PairingError(
-                f"{pairing.files.directory}: the tensors that its layers share are not saved, and {pairing.method.name} now makes other "
-                "ones than it was trained with; use the versions of torch and of the plugin that it was made with"
+                f"{pairing.files.directory}: the tensors that its layers share are not saved, and {pairing.method.name} now creates "
+                "others than in training; use the versions of torch and of the plugin with which the adapter was created"
             )
 
     def of_site(self, paired: PairedSite) -> dict[str, Tensor]:
-        """One site's tensors as the method names them."""
+        """Return the site's own tensors under the method's names."""
         pairing = self._pairing
         found = {suffix: self.by_name[name] for suffix, name in paired.tensors.items()}
         if pairing.files.peft and pairing.method.peft is not None:
@@ -68,6 +68,6 @@ class AdapterTensors:
         return found
 
     def params(self, paired: PairedSite) -> dict[str, Tensor]:
-        """The same, and those that the adapter's sites share: what the hooks are given."""
+        """Return all tensors that the hooks receive: the site's own and the shared ones."""
         own = self.of_site(paired)
         return {**own, **self._shared.like(own)}

@@ -1,7 +1,7 @@
-"""What transformers calls a tensor, in memory and in files: from version 5 on, the two differ for many models.
+"""Map transformers' tensor names between memory and files: since version 5 they differ for many models.
 
-The mapping is transformers' own, by the functions with which it loads and saves; PEFT uses them, too. All that may change there is
-in this module. A tensor that it also fuses, splits or permutes on the way has no other name: it is another tensor.
+The mapping comes from the functions with which transformers (and PEFT) load and save. All use of these unstable functions is
+in this module. A tensor that transformers also fuses, splits or permutes is a different tensor and gets no other name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def of_checkpoint(config: Mapping[str, Any], tensors: Iterable[str]) -> list[Naming]:
-    """The names in memory of a checkpoint's tensors, and those that transformers would save, where they are others than in these files.
+    """Return the names of a checkpoint's tensors in memory and as saved by transformers, if they differ from the files'.
 
     Args:
-        config: config.json; without a model_type it is no model of transformers.
+        config: config.json; without a model_type it is not a transformers model.
 
     Raises:
         PairingError: transformers is not installed or does not know the model.
@@ -39,27 +39,29 @@ def of_checkpoint(config: Mapping[str, Any], tensors: Iterable[str]) -> list[Nam
         raise PairingError(
             f"transformers may have other names for a {model_type}'s layers; install torchgraft[hf] to have them tried"
         ) from None
-    except Exception as error:  # whatever a config.json from anywhere, or another version of transformers, makes it raise
-        raise PairingError(f"transformers' names for a {model_type}'s layers could not be tried: {_said(error)}") from error
+    except Exception as error:  # any type is possible with an unknown config.json or version of transformers
+        raise PairingError(f"transformers' names for a {model_type}'s layers could not be tried: {_summary(error)}") from error
 
 
 def of_module(model: nn.Module, tensors: Iterable[str]) -> list[Naming]:
-    """The names that the tensors of a model in memory have in its files.
+    """Return the names that the tensors of a model in memory have in its files.
 
     Raises:
-        PairingError: transformers, which the model is from, does not tell them.
+        PairingError: transformers fails to map the names of its model.
     """
-    transformers = sys.modules.get("transformers")  # no model is from it where it was never imported
+    transformers = sys.modules.get("transformers")  # if it was never imported, the model is not from it
     if transformers is None:
         return []
     try:
         return _namings(model, list(tensors)) if isinstance(model, transformers.PreTrainedModel) else []
     except Exception as error:  # as above
-        raise PairingError(f"transformers' names for the files of a {type(model).__name__} could not be tried: {_said(error)}") from error
+        raise PairingError(
+            f"transformers' names for the files of a {type(model).__name__} could not be tried: {_summary(error)}"
+        ) from error
 
 
 def _on_meta(config: Mapping[str, Any]) -> nn.Module:
-    """The model that config.json describes, without weights. Code that came with the checkpoint is not run."""
+    """Build the model that config.json describes on the meta device. Code from the checkpoint is not run."""
     import torch
     import transformers
 
@@ -80,14 +82,14 @@ def _namings(model: Any, tensors: Sequence[str]) -> list[Naming]:
 
     in_memory = _renamed(get_model_conversion_mapping(model), {name: name for name in tensors})
     saving = [change.reverse_transform() for change in reversed(get_model_conversion_mapping(model, add_legacy=False))]
-    # It saves with these prefixes only if the files that were loaded had them.
+    # transformers saves with these prefixes only if the loaded files had them.
     without_prefixes = [change for change in saving if not isinstance(change, PrefixChange)]
     in_files = [_renamed(changes, in_memory, converters_first=True) for changes in (without_prefixes, saving)]
     return [Naming(names) for names in (in_memory, *in_files) if any(name != own for name, own in names.items())]
 
 
 def _renamed(changes: Sequence[Any], names: Mapping[str, str], *, converters_first: bool = False) -> dict[str, str]:
-    """New name → own name, as transformers renames on loading; on saving it looks for tensors to convert first."""
+    """Return new name → own name, as transformers renames on loading; on saving it looks for tensors to convert first."""
     from transformers.core_model_loading import WeightConverter
 
     converters = [change for change in changes if isinstance(change, WeightConverter)]
@@ -105,7 +107,7 @@ def _renamed(changes: Sequence[Any], names: Mapping[str, str], *, converters_fir
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """What transformers has to say of a config is for who loads the model."""
+    """Silence transformers' config warnings: they are addressed to whoever loads the model."""
     from transformers import utils
 
     before = utils.logging.get_verbosity()
@@ -118,6 +120,6 @@ def _quietly() -> Iterator[None]:
         utils.logging.set_verbosity(before)
 
 
-def _said(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
