@@ -58,7 +58,7 @@ bench: .venv/bench
 
 bench-methods: .venv/bench
 	$(BIN)/python docs/benchmarks/methods.py
-	$(BIN)/python docs/benchmarks/initialisation.py
+	$(BIN)/python docs/benchmarks/initialization.py
 
 clean:
 	rm -rf .venv dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

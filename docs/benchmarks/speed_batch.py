@@ -1,4 +1,4 @@
-"""A batch whose samples go through different adapters, beside one in which all go through the same, and beside PEFT."""
+"""Time a batch whose samples use different adapters, with torchgraft and PEFT, and one in which all use the same adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torchgraft as tg
 
 HIDDEN, LAYERS, TOKENS, SAMPLES = 768, 2, 32, 16
 COUNTS = (1, 2, 4, 8, 16)
-"""Different adapters in the batch."""
+"""Numbers of different adapters in the batch."""
 
 
 def measure(repetitions: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The models that a training step is timed on: of Llama's form, with nothing, LoRA or DoRA on them, ours or PEFT's."""
+"""Build and time Llama-shaped models: frozen, with LoRA or DoRA of torchgraft, and with LoRA or DoRA of PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Times = dict[str, list[float]]
 
 
 def base(hidden: int, layers: int, bits: int, dtype: torch.dtype) -> nn.Module:
-    """A frozen model with random weights: in `dtype`, or in NF4 with the products in `dtype`."""
+    """Return a frozen model with random weights, in `dtype` or in NF4 with `dtype` as compute dtype."""
     torch.manual_seed(SEED)
     config = transformers.LlamaConfig(
         hidden_size=hidden,
@@ -73,7 +73,7 @@ def rows(hidden: int, layers: int, bits: int, dtype: torch.dtype) -> Mapping[str
 
 
 def step(model: nn.Module, embedded: Tensor) -> None:
-    """Forward and backward, with gradients of the activations down to the embeddings."""
+    """Run forward and backward, with gradients of the activations down to the embeddings."""
     x = embedded.clone().requires_grad_()
     model(inputs_embeds=x).logits.float().square().mean().backward()
     for parameter in model.parameters():
@@ -87,7 +87,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def measure(hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype, repetitions: int) -> dict[str, Times]:
-    """Seconds of a step and of a forward in eval, row by row in an order that is shuffled in each repetition."""
+    """Return the seconds of a training step and of a forward in eval mode, with the rows shuffled in each repetition."""
     models = {row: make() for row, make in rows(hidden, layers, bits, dtype).items()}
     embedded = torch.randn(1, tokens, hidden).to(dtype)
     steps: Times = {row: [] for row in models}
@@ -98,7 +98,7 @@ def measure(hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype
             one = timed(lambda model=model: step(model, embedded))  # type: ignore[misc]
             model.eval()
             with torch.no_grad():
-                model(inputs_embeds=embedded)  # what a method keeps in eval is made here
+                model(inputs_embeds=embedded)  # fills the caches of methods that have some in eval mode
                 other = timed(lambda model=model: model(inputs_embeds=embedded))  # type: ignore[misc]
             if repetition > 1:
                 steps[row].append(one)
@@ -107,7 +107,7 @@ def measure(hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype
 
 
 def peak_of(row: str, hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype) -> int:
-    """The most bytes that this process has in memory in a step, weights included, beyond what it had before the model."""
+    """Return the peak memory of a step in bytes, weights included, less the memory in use before the model was built."""
     from memory import peak, reset_peak, resident
 
     before = resident()

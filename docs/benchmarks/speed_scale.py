@@ -1,4 +1,4 @@
-"""Attaching LoRA to a model of the shape of Llama 3 70B that has no values: 560 layers."""
+"""Time attaching LoRA to a model of the shape of Llama 3 70B on the meta device: 560 layers."""
 
 from __future__ import annotations
 
