@@ -55,6 +55,8 @@ bench: .venv/bench
 	$(BIN)/python docs/benchmarks/headers.py
 	$(BIN)/python docs/benchmarks/merge.py
 	$(BIN)/python docs/benchmarks/speed.py
+	$(BIN)/python docs/benchmarks/unmerge.py
+	$(BIN)/python docs/benchmarks/comparison.py
 
 bench-methods: .venv/bench
 	$(BIN)/python docs/benchmarks/methods.py

@@ -13,7 +13,10 @@ from finetune import RUNS
 from summary import MARK, WINDOW, Run, Runs, fixed_loss, mebibytes, percent, spread, steps_of, steps_to, trained
 
 Sweep = Mapping[str, Mapping[float, float]]
-HEAD = "| method | base learning rate | trained parameters | mean final rank | accuracy | steps to the target loss | CPU time of a step, ms | peak memory | merged |"
+HEAD = (
+    "| method | base learning rate | trained parameters | mean final rank | accuracy | steps to the target loss "
+    "| CPU time of a step, ms | peak memory | merged |"
+)
 RULE = "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 
 
