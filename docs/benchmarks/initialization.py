@@ -201,8 +201,10 @@ of {PROBE} of the training texts. Output: their sentence vectors; the change is 
 
 ## Results
 
-- **kaiming, gaussian**: the output does not change, and B has a gradient. N(0, σ²/r) gives B a gradient {gaussian_grad /
-  kaiming_grad:.0f} times that of kaiming, so it needs a smaller learning rate: at {LR} its loss does not fall, at {SLOW_LR} it
+- **kaiming, gaussian**: the output does not change, and B has a gradient. N(0, σ²/r) gives B a gradient {
+        gaussian_grad / kaiming_grad:.0f} times that of kaiming, so it needs a smaller learning rate: at {LR} its loss does not fall, at {
+        SLOW_LR
+    } it
   does.
 - **orthogonal** is close to kaiming.
 - **swapped** (A = 0) is the mirror image of gaussian: the output does not change; A's gradient, {swapped["grad_a"]}, is similar to
