@@ -28,7 +28,7 @@ START, END, INTERVAL = 12, 8, 50
 ORDINARY = 9
 """Steps without a decision that are measured before each step with one."""
 BATCH = (4, 64)
-OURS, PEFT = "torchgraft", "peft"
+TORCHGRAFT, PEFT = "torchgraft", "peft"
 ROWS = {
     "ordinary": "a step without a decision",
     "allocating": "a step with a decision",
@@ -59,11 +59,11 @@ def measure(repetitions: int) -> dict[str, Any]:
 
 def budget(repetitions: int) -> dict[str, dict[str, list[float]]]:
     total = (repetitions + 2) * INTERVAL
-    takers = {OURS: ours(total), PEFT: peft_s(total)}
+    takers = {TORCHGRAFT: with_torchgraft(total), PEFT: with_peft(total)}
     runs = [repetition(takers, (number + 1) * INTERVAL) for number in range(repetitions + 1)][1:]  # the first is a warm-up
     return {
         row: {name: spread(run[name][row] for run in runs) for name in takers}
-        | {"ratio": spread(run[OURS][row] / run[PEFT][row] for run in runs)}
+        | {"ratio": spread(run[TORCHGRAFT][row] / run[PEFT][row] for run in runs)}
         for row in ROWS
     }
 
@@ -88,14 +88,14 @@ def costs(ordinary: float, allocating: float) -> dict[str, float]:
     return {"ordinary": ordinary, "allocating": allocating, "interval": ((INTERVAL - 1) * ordinary + allocating) / INTERVAL}
 
 
-def ours(total: int) -> Taker:
+def with_torchgraft(total: int) -> Taker:
     options: dict[str, Any] = {"allocator": "budget", "target_rank": END, "interval": INTERVAL, "total_steps": total}
     adapter = tg.apply(llama(), "adalora", TARGETS, rank=START, warmup_steps=0, final_steps=1, **options)
     optimizer = ready(adapter.parameters())
     return (lambda step: adapter.step(optimizer, step=step)), adapter.parameters
 
 
-def peft_s(total: int) -> Taker:
+def with_peft(total: int) -> Taker:
     schedule: dict[str, Any] = {"tinit": 0, "tfinal": 1, "deltaT": INTERVAL, "total_step": total}
     model = peft.get_peft_model(llama(), peft.AdaLoraConfig(init_r=START, target_r=END, target_modules=TARGETS, **schedule))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

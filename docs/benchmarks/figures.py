@@ -19,16 +19,16 @@ mpl.rcParams.update({"svg.hashsalt": "torchgraft", "font.size": 9, "axes.spines.
 def curves(runs: Runs, path: Path) -> None:
     """Draw training loss against steps, and accuracy with its spread."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
-    colours = dict(zip(runs, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(runs, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     for row, results in runs.items():
         curve = np.mean([smooth(run["losses"]) for run in results], axis=0)
-        left.plot(range(1, len(curve) + 1), curve, label=row, color=colours[row], linewidth=1.6)
+        left.plot(range(1, len(curve) + 1), curve, label=row, color=colors[row], linewidth=1.6)
     left.set(xlabel="step", ylabel=f"training loss, mean of the last {WINDOW} steps", title="Learning")
     left.legend(frameon=False, fontsize=8, ncols=2)
     for place, (row, results) in enumerate(runs.items()):
         values = [100 * run["accuracy"] for run in results]
-        right.errorbar(mean(values), place, xerr=deviation(values), fmt="o", color=colours[row], capsize=3)
-        right.plot(values, [place] * len(values), "|", color=colours[row], alpha=0.6)
+        right.errorbar(mean(values), place, xerr=deviation(values), fmt="o", color=colors[row], capsize=3)
+        right.plot(values, [place] * len(values), "|", color=colors[row], alpha=0.6)
     right.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel="held-out accuracy, %", title="Accuracy, mean ± std and each seed")
     right.invert_yaxis()
     save(figure, path)

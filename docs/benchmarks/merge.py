@@ -58,9 +58,9 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__)
     found.add_argument("--repetitions", type=int, default=5)
-    found.add_argument("--peft-repetitions", type=int, default=3, help="the first of them, for PEFT takes long")
+    found.add_argument("--peft-repetitions", type=int, default=3, help="repetitions that include PEFT, which is slow")
     found.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="only these", metavar="SIZE")
-    found.add_argument("--scratch", type=Path, help="where the checkpoints are while it runs; in memory, if there is room")
+    found.add_argument("--scratch", type=Path, help="directory for the checkpoints; default: in memory, if there is room")
     found.add_argument("--directory", type=Path, default=HERE, help="where the results are written")
     found.add_argument("--report", action="store_true", help="run nothing; write page and picture from merge.json")
     return found

@@ -42,7 +42,7 @@ def base(hidden: int, layers: int, bits: int, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def ours(model: nn.Module, method: str, dtype: torch.dtype) -> nn.Module:
+def with_torchgraft(model: nn.Module, method: str, dtype: torch.dtype) -> nn.Module:
     adapter = tg.apply(model, method, LINEARS, rank=RANK, alpha=ALPHA, dtype=str(dtype).removeprefix("torch."))
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -50,7 +50,7 @@ def ours(model: nn.Module, method: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def theirs(model: nn.Module, dtype: torch.dtype, *, dora: bool) -> nn.Module:
+def with_peft(model: nn.Module, dtype: torch.dtype, *, dora: bool) -> nn.Module:
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, use_dora=dora, init_lora_weights=False)
     found = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in found.parameters():
@@ -65,10 +65,10 @@ def rows(hidden: int, layers: int, bits: int, dtype: torch.dtype) -> Mapping[str
 
     return {
         FROZEN: make,
-        LORA: lambda: ours(make(), "qlora" if bits == 4 else "lora", dtype),
-        PEFT_LORA: lambda: theirs(make(), dtype, dora=False),
-        DORA: lambda: ours(make(), "dora", dtype),
-        PEFT_DORA: lambda: theirs(make(), dtype, dora=True),
+        LORA: lambda: with_torchgraft(make(), "qlora" if bits == 4 else "lora", dtype),
+        PEFT_LORA: lambda: with_peft(make(), dtype, dora=False),
+        DORA: lambda: with_torchgraft(make(), "dora", dtype),
+        PEFT_DORA: lambda: with_peft(make(), dtype, dora=True),
     }
 
 
