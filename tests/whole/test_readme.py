@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from importlib import import_module
@@ -39,3 +40,10 @@ def test_the_comparison_is_what_the_stored_results_give(monkeypatch: pytest.Monk
     finally:
         for name in sys.modules.keys() - loaded:
             del sys.modules[name]
+
+
+def test_the_restored_weights_are_those_of_the_stored_results() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    found = json.loads((docs / "benchmarks" / "unmerge.json").read_text())
+    assert found["torchgraft"] == found["entries"]
+    assert f"{found['PEFT']:,} of {found['entries']:,} weights" in (docs / "why-not-peft.md").read_text()
