@@ -57,7 +57,8 @@ def conditions(results: Mapping[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     cores = f"{machine['cores']} cores of {machine['cpu']}"
     used = f"torch {versions['torch']}, PEFT {versions['peft']}"
-    return f"Medians on {cores} with {used}; merging is verified and has an undo record; steps in float32, ranges over four shapes."
+    merging = f"merging is verified and has an undo record, with the files on {machine['files']}"
+    return f"Medians on {cores} with {used}; {merging}; steps in float32, ranges over four shapes."
 
 
 def seconds(size: Mapping[str, Any], row: str) -> str:

@@ -116,7 +116,8 @@ def page(results: dict[str, object]) -> str:
     lines = []
     for row in runs[0]:
         wall, peak = [one[row]["wall"] for one in runs], [one[row]["peak"] / 1e6 for one in runs]
-        lines.append([f"`{row}`", middle(wall, ".2f"), middle(peak, ".0f")])
+        command, comma, case = row.partition(", ")
+        lines.append([f"`{command}`{comma}{case}", middle(wall, ".2f"), middle(peak, ".0f")])
     return PAGE.format(
         machine=f"{found['cores']} cores of {found['cpu']}, {found['system']}",
         versions=", ".join(f"{name} {version}" for name, version in versions_of.items()),
