@@ -81,10 +81,12 @@ bench: .venv/bench
 	$(BIN)/python docs/benchmarks/headers.py
 	$(BIN)/python docs/benchmarks/merge.py
 	$(BIN)/python docs/benchmarks/speed.py
+	$(BIN)/python docs/benchmarks/unmerge.py
+	$(BIN)/python docs/benchmarks/comparison.py
 
 bench-methods: .venv/bench
 	$(BIN)/python docs/benchmarks/methods.py
-	$(BIN)/python docs/benchmarks/initialisation.py
+	$(BIN)/python docs/benchmarks/initialization.py
 
 clean:
 	rm -rf .venv .nox dist docs/_build .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

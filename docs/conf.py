@@ -1,4 +1,4 @@
-"""The docs as a site: `make docs`. Pages are plain Markdown that GitHub shows as well, so no directive stands in them."""
+"""Configure the docs site, which `make docs` builds. Pages are plain Markdown without directives, because GitHub also shows them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def setup(app: Any) -> None:
 
 
 def add_contents(app: Any, page: str, source: list[str]) -> None:
-    """The navigation: what an index page links to, under the headings that it has there."""
+    """Add the navigation to an index page: its links, grouped by its headings."""
     if page != "index" and not page.endswith("/index"):
         return
     captions = ["", *HEADING.findall(source[0])]

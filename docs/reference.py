@@ -1,7 +1,7 @@
-"""Write the reference pages from what they describe: docs/hooks.md, cli.md, api.md, and the options in docs/methods/*.md.
+"""Write the reference pages from the code: docs/hooks.md, cli.md, api.md, and the tables of options in docs/methods/*.md.
 
-Run by `make reference`. The output is checked in, and a test compares it: GitHub shows these pages, too, and runs no
-sphinx extension; and a change of an interface shows up in the review of its docs.
+`make reference` runs it. The pages are committed, and a test compares them with the code, because GitHub also shows them but runs
+no sphinx extension, and because a review then shows how an interface changes.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ WIDTH = 88
 WRITTEN = "<!-- written by make reference from {} -->\n"
 
 HOOK_GROUPS = {
-    "Identity": ("Every method has it.", lambda name: name == "adapter_method"),
-    "The four": ("Every method has them.", lambda name: name in hookspecs.METHOD_HOOKS),
-    "Optional": ("A method may have them.", lambda name: name.startswith("adapter_")),
-    "Without a method": ("For plugins that bring something else.", lambda name: True),
+    "Identity": ("Required of every method.", lambda name: name == "adapter_method"),
+    "The four": ("Required of every method.", lambda name: name in hookspecs.METHOD_HOOKS),
+    "Optional": ("A method may implement them.", lambda name: name.startswith("adapter_")),
+    "Without a method": ("For plugins that provide a kind of layer or commands.", lambda name: True),
 }
-"""A hook is in the first group that fits."""
+"""Group → introduction, and a test of a hook's name. A hook belongs to the first group whose test it passes."""
 
 OF_THE_ENGINE = "watch check_switchable by_module adapted".split()
-"""Methods that only the engine calls."""
+"""Methods that only torchgraft itself calls; they are omitted from the API page."""
 
 API_GROUPS = {
     "Adapters on a model": "plan Plan apply load adapters activate Adapter Count load_quantized",
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def pages() -> dict[str, str]:
-    """File under docs/ → what it should hold."""
+    """Return file under docs/ → text."""
     methods = {f"methods/{name}.md": with_options(HERE / "methods" / f"{name}.md", name) for name in METHODS}
     return {"hooks.md": hooks_page(), "cli.md": cli_page(), "api.md": api_page(), **methods}
 
@@ -69,9 +69,9 @@ def hooks_page() -> str:
     group_of = {name: next(group for group, (_, fits) in HOOK_GROUPS.items() if fits(name)) for name in hooks}
     lines = [
         WRITTEN.format("core/torchgraft/plugin/hookspecs.py"),
-        "# Hooks\n",
+        "# Plugin hooks\n",
         f"{text_of(hookspecs)}\n",
-        "[How to write a method](plugins.md).\n",
+        "Guides: [write a method](plugins.md), [add a kind of layer](layer-kinds.md), [observe methods and add commands](observing.md).\n",
     ]
     for group, (what, _) in HOOK_GROUPS.items():
         lines.append(f"## {group}\n\n{what}\n")
@@ -83,14 +83,14 @@ def hooks_page() -> str:
 
 def cli_page() -> str:
     lines = [WRITTEN.format("the command itself"), "# The command `adapt`\n"]
-    lines.append("What `--help` prints. Exit codes: 0 done, 2 your input, 1 a bug of ours; 128 and the signal's number if one ended it.\n")
+    lines.append("The output of `--help`. Exit codes: 0 success, 2 invalid input, 1 internal error, 128+N if killed by signal N.\n")
     for context in contexts(adapt, "adapt"):
         lines.append(f"## {context.command_path}\n\n```text\n{context.get_help()}\n```\n")
     return "\n".join(lines)
 
 
 def contexts(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[click.Context]:
-    """Of the command and all below it."""
+    """Yield the contexts of a command and of all its subcommands."""
     context = click.Context(command, parent, name, **{**command.context_settings, "terminal_width": WIDTH})
     yield context
     if isinstance(command, click.Group):
@@ -101,8 +101,8 @@ def contexts(command: click.Command, name: str, parent: click.Context | None = N
 
 
 def api_page() -> str:
-    lines = [WRITTEN.format("core/torchgraft/__init__.py"), "# Python\n"]
-    lines.append("All public names; `import torchgraft as tg` loads torch only when one of them needs it.\n")
+    lines = [WRITTEN.format("core/torchgraft/__init__.py"), "# Python API\n"]
+    lines.append("All public names of torchgraft. `import torchgraft as tg` imports torch only when a name that needs it is used.\n")
     grouped = {group: names.split() for group, names in API_GROUPS.items()}
     known = {"__version__", *(name for names in grouped.values() for name in names)}
     grouped["More"] = [name for name in tg.__all__ if name not in known]
@@ -118,8 +118,10 @@ def api_entry(name: str, value: Any) -> str:
         parts = [f"`{value.__bases__[0].__name__}`. {text_of(value)}" if is_error else own_text(value), members(value)]
     elif isinstance(value, ModuleType):
         parts = [text_of(value)]
-    elif value is tg.hookimpl:  # pluggy's own text is about pluggy
-        parts = ["Marks a function of a plugin as the implementation of the [hook](hooks.md) of its name; pluggy's `HookimplMarker`."]
+    elif value is tg.hookimpl:  # pluggy's docstring describes pluggy
+        parts = [
+            "Marks a function of a plugin as the implementation of the [hook](hooks.md) with the same name; pluggy's `HookimplMarker`."
+        ]
     else:
         function = inspect.unwrap(value)
         parts = [python(signature(function)), text_of(function)]
@@ -127,18 +129,18 @@ def api_entry(name: str, value: Any) -> str:
 
 
 def own_text(cls: type) -> str:
-    """Its docstring, without the one that Python makes for a dataclass."""
+    """Return the docstring of a class, or "" for one that Python generated for a dataclass."""
     return "" if (cls.__doc__ or "").startswith(f"{cls.__name__}(") else text_of(cls)
 
 
 def members(cls: type) -> str:
-    """Its fields, methods and properties, in their order, each with the beginning of its docstring."""
+    """List fields, methods and properties in source order, each with the first paragraph of its docstring."""
     lines = [f"`{shown}`{f': {text}' if text else ''}" for shown, text in (*fields(cls), *methods(cls))]
     return "\n".join(["Members:\n", *(f"- {line}" for line in lines)]) if lines else ""
 
 
 def fields(cls: type) -> Iterator[tuple[str, str]]:
-    """Declared in the class, with the docstrings below them."""
+    """Yield the fields that the class declares, with the docstrings below them."""
     tree = ast.parse(dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     for statement, following in zip(tree.body, [*tree.body[1:], None], strict=True):
@@ -163,7 +165,7 @@ def first_paragraph(text: str) -> str:
 
 
 def signature(function: Callable[..., Any]) -> str:
-    """As it stands in the source, one line or a line for each parameter."""
+    """Return the signature as in the source, on one line or with a line for each parameter."""
     returns = inspect.signature(function).return_annotation
     end = f") -> {returns}: ...".replace("'", '"') if returns is not inspect.Signature.empty else "): ..."
     own = parameters(function)
@@ -194,7 +196,7 @@ def python(code: str) -> str:
 
 
 def text_of(thing: Any) -> str:
-    """Its docstring as Markdown: sections as lists."""
+    """Return a docstring as Markdown, with its sections as lists."""
     paragraphs = (inspect.getdoc(thing) or "").split("\n\n")
     return "\n\n".join(map(as_markdown, paragraphs)).strip()
 
@@ -209,7 +211,7 @@ def as_markdown(paragraph: str) -> str:
 
 
 def with_options(path: Path, method: str) -> str:
-    """The page with its table of options as they are now."""
+    """Return the page of a method with an up-to-date table of options."""
     before, _, rest = path.read_text().partition("<!-- options")
     _, _, after = rest.partition("<!-- end of options -->")
     return f"{before}<!-- options, written by make reference -->\n{options_table(method)}\n<!-- end of options -->{after}"
@@ -218,7 +220,7 @@ def with_options(path: Path, method: str) -> str:
 def options_table(method: str) -> str:
     shown = CliRunner().invoke(adapt, ["plugins", "show", method, "--json"], catch_exceptions=False)
     rows = [(f"`{o['name']}`", default_of(o), o["values"].replace("|", "\\|"), o["help"]) for o in json.loads(shown.output)["options"]]
-    return "\n".join(["| option | default | values | what it is |", "|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join(["| option | default | values | description |", "|---|---|---|---|", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def default_of(option: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
-"""What AdaLoRA's decisions cost: the budget against PEFT's on the same model, the energy against a training step.
+"""Measure the cost of AdaLoRA's rank allocation: `budget` compared with PEFT's, `energy` compared with a training step.
 
-Run it with `python docs/benchmarks/allocation.py`; it takes a minute. One thread, random weights and gradients. Both adapters see the
-same numbers of steps of one schedule from rank 12 to 8. Only ours is resized, and its optimizer's moments; PEFT sets entries to 0.
+Run it with `python docs/benchmarks/allocation.py`; it takes a minute. One thread, random weights and gradients. Both adapters follow
+the same schedule from rank 12 to 8. torchgraft resizes parameters and optimizer moments; PEFT sets entries to 0.
 """
 
 from __future__ import annotations
@@ -26,23 +26,27 @@ SHAPE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4, 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 START, END, INTERVAL = 12, 8, 50
 ORDINARY = 9
-"""Steps without a decision that are measured before each with one."""
+"""Steps without a decision that are measured before each step with one."""
 BATCH = (4, 64)
-OURS, PEFT = "torchgraft", "peft"
-ROWS = {"ordinary": "a step without a decision", "allocating": "one with", "interval": f"mean of {INTERVAL} steps, one with"}
+TORCHGRAFT, PEFT = "torchgraft", "peft"
+ROWS = {
+    "ordinary": "a step without a decision",
+    "allocating": "a step with a decision",
+    "interval": f"mean of {INTERVAL} steps, one with a decision",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--json", action="store_true", help="print all that was measured")
+    parser.add_argument("--json", action="store_true", help="print all measurements")
     arguments = parser.parse_args()
     found = measure(arguments.repetitions)
     print(json.dumps(found, indent=1) if arguments.json else table(found))
 
 
 def measure(repetitions: int) -> dict[str, Any]:
-    """Quartiles [first, median, third] of milliseconds, and of ratios ours / PEFT's and decision / steps within a repetition."""
+    """Return quartiles [first, median, third] of milliseconds, and of the ratios torchgraft / PEFT and decision / steps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -55,21 +59,21 @@ def measure(repetitions: int) -> dict[str, Any]:
 
 def budget(repetitions: int) -> dict[str, dict[str, list[float]]]:
     total = (repetitions + 2) * INTERVAL
-    takers = {OURS: ours(total), PEFT: peft_s(total)}
-    runs = [repetition(takers, (number + 1) * INTERVAL) for number in range(repetitions + 1)][1:]  # the first sets things up
+    takers = {TORCHGRAFT: with_torchgraft(total), PEFT: with_peft(total)}
+    runs = [repetition(takers, (number + 1) * INTERVAL) for number in range(repetitions + 1)][1:]  # the first is a warm-up
     return {
         row: {name: spread(run[name][row] for run in runs) for name in takers}
-        | {"ratio": spread(run[OURS][row] / run[PEFT][row] for run in runs)}
+        | {"ratio": spread(run[TORCHGRAFT][row] / run[PEFT][row] for run in runs)}
         for row in ROWS
     }
 
 
 Taker = tuple[Callable[[int], None], Callable[[], list[nn.Parameter]]]
-"""What takes a step of that number, and its parameters."""
+"""Function that takes a step of a given number, and function that returns the parameters."""
 
 
 def repetition(takers: dict[str, Taker], decision: int) -> dict[str, dict[str, float]]:
-    """Milliseconds: the ordinary steps before the one of number `decision`, and that one; ours and PEFT's take turns."""
+    """Return the milliseconds of the steps before `decision` and of that step; torchgraft and PEFT take turns."""
     taken: dict[str, list[float]] = {name: [] for name in takers}
     for step in range(decision - ORDINARY, decision + 1):
         for name in sorted(takers, reverse=bool(step % 2)):
@@ -84,14 +88,14 @@ def costs(ordinary: float, allocating: float) -> dict[str, float]:
     return {"ordinary": ordinary, "allocating": allocating, "interval": ((INTERVAL - 1) * ordinary + allocating) / INTERVAL}
 
 
-def ours(total: int) -> Taker:
+def with_torchgraft(total: int) -> Taker:
     options: dict[str, Any] = {"allocator": "budget", "target_rank": END, "interval": INTERVAL, "total_steps": total}
     adapter = tg.apply(llama(), "adalora", TARGETS, rank=START, warmup_steps=0, final_steps=1, **options)
     optimizer = ready(adapter.parameters())
     return (lambda step: adapter.step(optimizer, step=step)), adapter.parameters
 
 
-def peft_s(total: int) -> Taker:
+def with_peft(total: int) -> Taker:
     schedule: dict[str, Any] = {"tinit": 0, "tfinal": 1, "deltaT": INTERVAL, "total_step": total}
     model = peft.get_peft_model(llama(), peft.AdaLoraConfig(init_r=START, target_r=END, target_modules=TARGETS, **schedule))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -100,7 +104,7 @@ def peft_s(total: int) -> Taker:
 
 
 def energy(repetitions: int) -> dict[str, Any]:
-    """Of a decision that changes every site and of one that changes none, against a training step of the same repetition."""
+    """Time a decision that changes every site and one that changes none, and a training step of the same repetition."""
     model = llama()
     adapter = tg.apply(model, "adalora", TARGETS, rank=START, interval=INTERVAL)
     made = model, ready(adapter.parameters())
@@ -134,7 +138,7 @@ def llama() -> nn.Module:
 
 
 def ready(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Parameters away from their start, and an optimizer that has moments."""
+    """Return an optimizer with moments, after moving the parameters away from their initial values."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.02)
@@ -150,7 +154,7 @@ def milliseconds(call: Callable[..., object], *arguments: Any) -> float:
 
 
 def spread(values: Iterable[float]) -> list[float]:
-    """The first quartile, the median and the third."""
+    """Return the first quartile, the median and the third quartile."""
     return [round(value, 5) for value in quantiles(values, n=4)]
 
 

@@ -1,4 +1,4 @@
-"""The pictures of the benchmarks."""
+"""Draw the figures of the benchmarks."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ mpl.rcParams.update({"svg.hashsalt": "torchgraft", "font.size": 9, "axes.spines.
 
 
 def curves(runs: Runs, path: Path) -> None:
-    """Training loss against steps, and accuracy with its spread."""
+    """Draw training loss against steps, and accuracy with its spread."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
-    colours = dict(zip(runs, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(runs, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     for row, results in runs.items():
         curve = np.mean([smooth(run["losses"]) for run in results], axis=0)
-        left.plot(range(1, len(curve) + 1), curve, label=row, color=colours[row], linewidth=1.6)
+        left.plot(range(1, len(curve) + 1), curve, label=row, color=colors[row], linewidth=1.6)
     left.set(xlabel="step", ylabel=f"training loss, mean of the last {WINDOW} steps", title="Learning")
     left.legend(frameon=False, fontsize=8, ncols=2)
     for place, (row, results) in enumerate(runs.items()):
         values = [100 * run["accuracy"] for run in results]
-        right.errorbar(mean(values), place, xerr=deviation(values), fmt="o", color=colours[row], capsize=3)
-        right.plot(values, [place] * len(values), "|", color=colours[row], alpha=0.6)
+        right.errorbar(mean(values), place, xerr=deviation(values), fmt="o", color=colors[row], capsize=3)
+        right.plot(values, [place] * len(values), "|", color=colors[row], alpha=0.6)
     right.set(yticks=range(len(runs)), yticklabels=list(runs), xlabel="held-out accuracy, %", title="Accuracy, mean ± std and each seed")
     right.invert_yaxis()
     save(figure, path)
 
 
 def ranks(runs: Runs, path: Path) -> None:
-    """The mean final rank of each layer: blocks from left to right, projections from top to bottom."""
+    """Draw the mean final rank of each layer: blocks from left to right, projections from top to bottom."""
     figure, axes = plt.subplots(1, len(runs), figsize=(11, 3.4), layout="constrained", squeeze=False)
     highest = max(max(run["ranks"].values()) for results in runs.values() for run in results)
     for axis, (row, results) in zip(axes[0], runs.items(), strict=True):
@@ -52,7 +52,7 @@ def ranks(runs: Runs, path: Path) -> None:
 
 
 def rank_grid(results: list[dict[str, Any]]) -> tuple[list[str], list[str], Any]:
-    """Projection × block of the layers that lie in blocks; the mean over the runs."""
+    """Return projections, blocks and the mean rank of each pair, for the layers that belong to a block."""
     cells: dict[tuple[str, str], list[int]] = {}
     for run in results:
         for name, rank in run["ranks"].items():
@@ -67,7 +67,7 @@ def rank_grid(results: list[dict[str, Any]]) -> tuple[list[str], list[str], Any]
 
 
 def costs(sizes: Mapping[str, Mapping[str, tuple[float, float]]], path: Path) -> None:
-    """Size → row → seconds and megabytes, as bars: a group for each row, a bar for each size."""
+    """Draw seconds and megabytes (size → row → both) as bars: a group for each row, a bar for each size."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 2.6), layout="constrained", sharey=True)
     rows = list(dict.fromkeys(row for found in sizes.values() for row in found))
     height = 0.8 / len(sizes)

@@ -1,4 +1,4 @@
-"""One run of the comparison: a method, a seed, the demo's encoder and text. Gives what was measured."""
+"""Train and measure one run of the method comparison: a method and a seed, on the demo's encoder and text."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ TRAIN, VALIDATION, TEST = 1920, 200, 1000
 BATCH, STEPS, WARMUP = 16, 120, 12
 RANK, ALPHA = 8, 16
 TARGETS = ["@linear", "!pooler.dense"]
-"""The sentence vector does not use the pooler."""
+"""Patterns of the adapted layers. The pooler is excluded because the sentence vector does not use it."""
 HEAD_LR = 2e-3
 VALIDATE_EVERY = 20
 
 ADALORA_BUDGET = {"allocator": "budget", "rank": 12, "alpha": 24, "target_rank": 8, "interval": 5, "orthogonality": 0.1}
 HEAD_ALONE, FULL = "head alone", "full fine-tuning"
-"""The rows without an adapter."""
+"""Rows without an adapter."""
 RUNS: dict[str, tuple[str, dict[str, Any], float]] = {
     HEAD_ALONE: ("", {}, 0.0),
     FULL: ("", {}, 2e-4),
@@ -48,11 +48,11 @@ RUNS: dict[str, tuple[str, dict[str, Any], float]] = {
     "qlora": ("qlora", {}, 2e-3),
     "dora": ("dora", {}, 2e-3),
 }
-"""Row → method, options, base learning rate."""
+"""Row → method, its options, base learning rate."""
 
 
 def settings(row: str, lr: float, steps: int, test: int) -> dict[str, Any]:
-    """What a run's result depends on; an earlier result with other settings is not reused."""
+    """Return the settings that a run depends on; an earlier result with other settings is not reused."""
     method, options, _ = RUNS[row]
     total = {"total_steps": steps} if options.get("allocator") == "budget" else {}
     sizes = {"train": TRAIN, "validation": VALIDATION, "test": test, "batch": BATCH, "steps": steps, "warmup": WARMUP, "head_lr": HEAD_LR}
@@ -60,7 +60,7 @@ def settings(row: str, lr: float, steps: int, test: int) -> dict[str, Any]:
 
 
 def run(row: str, seed: int, lr: float, steps: int, texts: int) -> dict[str, Any]:
-    """Train and measure; `texts` of the test texts are used."""
+    """Train and measure with `texts` of the test texts."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -73,7 +73,7 @@ def run(row: str, seed: int, lr: float, steps: int, texts: int) -> dict[str, Any
     adapter = tg.apply(encoder, how["method"], targets=TARGETS, seed=seed, **how["options"]) if how["method"] else None
     optimizer, trained = prepare(model, adapter, row, lr)
     touch(model)
-    embed_all(model, pick(train, range(BATCH)))  # what is loaded on first use is there before memory is measured
+    embed_all(model, pick(train, range(BATCH)))  # loads everything that is loaded on first use before memory is measured
     reset_peak()
     before = resident()
     losses, wall, cpu = fit(model, adapter, optimizer, train, validation, seed, steps)
@@ -98,7 +98,7 @@ def run(row: str, seed: int, lr: float, steps: int, texts: int) -> dict[str, Any
 
 
 def prepare(model: Classifier, adapter: tg.Adapter | None, row: str, lr: float) -> tuple[torch.optim.Optimizer, int]:
-    """The optimizer, and how many numbers of the encoder it trains."""
+    """Return the optimizer, and how many parameters of the encoder it trains."""
     if adapter:
         groups = adapter.param_groups(lr=lr)
     else:
@@ -109,7 +109,7 @@ def prepare(model: Classifier, adapter: tg.Adapter | None, row: str, lr: float) 
 
 
 def splits() -> tuple[Split, Split, Split]:
-    """Train, validation, test: the same rows for every run."""
+    """Return training, validation and test texts, the same for every run."""
     learning, test = load(TRAIN + VALIDATION, TEST)
     return pick(learning, range(TRAIN)), pick(learning, range(TRAIN, TRAIN + VALIDATION)), test
 
@@ -121,7 +121,7 @@ def pick(split: Split, places: Sequence[int]) -> Split:
 def fit(
     model: Classifier, adapter: tg.Adapter | None, optimizer: torch.optim.Optimizer, train: Split, validation: Split, seed: int, steps: int
 ) -> tuple[list[float], list[float], list[float]]:
-    """The training loss of each step without the penalty, and the wall and CPU time that the step took."""
+    """Return the training loss of each step without the penalty, and its wall and CPU time."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / (steps + 1)))
     order = torch.Generator().manual_seed(seed)
     losses, wall, cpu, places = [], [], [], torch.empty(0, dtype=torch.long)
@@ -157,7 +157,7 @@ def loss_of(guesses: Tensor, split: Split) -> float:
 
 
 def outcome(model: Classifier, adapter: tg.Adapter | None, test: Split) -> dict[str, float]:
-    """Accuracy on the test texts; with an adapter also merged, and the largest change of a logit over the largest logit."""
+    """Return the accuracy on the test texts; with an adapter also after merging, and the largest relative change of a logit."""
     plain = logits(model, test)
     if adapter is None:
         return {"accuracy": accuracy_of(plain, test)}
@@ -173,7 +173,7 @@ def accuracy_of(guesses: Tensor, split: Split) -> float:
 
 
 def quartiles(seconds: Sequence[float]) -> list[float]:
-    """The first, the median and the third, without the first step, which sets things up."""
+    """Return the quartiles without the first step, which is slower because it initializes libraries."""
     return [round(value, 4) for value in statistics.quantiles(seconds[1:], n=4)]
 
 

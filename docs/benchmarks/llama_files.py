@@ -1,4 +1,4 @@
-"""A checkpoint of Llama's form with random weights, and a LoRA adapter for it in PEFT's format, as files.
+"""Write a Llama-shaped checkpoint with random weights, and a LoRA adapter for it in PEFT's format.
 
 `python llama_files.py CONFIG DIRECTORY` writes model/ and adapter/ into DIRECTORY; CONFIG is JSON with config.json's keys.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 SHARDS, SEED = 5, 0
 SPREAD = 0.02
-"""The standard deviation of every weight, and of the adapter's B."""
+"""Standard deviation of every weight, and of the adapter's B."""
 RANK, ALPHA = 16, 32
 Config = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def write_model(config: Config, directory: Path) -> None:
-    """One shard in memory at a time."""
+    """Write the checkpoint with one shard in memory at a time."""
     directory.mkdir()
     rest = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(rest | config, indent=2) + "\n")
@@ -48,7 +48,7 @@ def write_model(config: Config, directory: Path) -> None:
 
 
 def tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each, in the order of the model."""
+    """Yield name and shape of each tensor, in the order of the model."""
     hidden, ffn, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     shared = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     block = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (shared, hidden), "self_attn.v_proj": (shared, hidden)}
@@ -63,7 +63,7 @@ def tensors(config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def shards(shapes: Shapes) -> list[Shapes]:
-    """Of about the same size: each tensor goes where it begins."""
+    """Split the tensors into shards of about equal size."""
     total, begin = sum(map(prod, shapes.values())), 0
     found: list[Shapes] = [{} for _ in range(SHARDS)]
     for name, shape in shapes.items():
@@ -73,19 +73,19 @@ def shards(shapes: Shapes) -> list[Shapes]:
 
 
 def weight(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Around 0; the norms' around 1."""
+    """Return random values around 0, or around 1 for the weights of norms."""
     return torch.randn(shape, generator=generator).mul_(SPREAD).add_(len(shape) == 1).bfloat16()
 
 
 def write_adapter(model: Path, directory: Path) -> None:
-    """Every linear layer of the blocks. B is no longer 0, as after training."""
+    """Write an adapter on every linear layer of the blocks, with B not 0, as after training."""
     options = f"--plugin lora --rank {RANK} --alpha {ALPHA} --seed {SEED} --output".split()
     subprocess.run([Path(sys.executable).with_name("adapt"), "apply", model, *options, directory], check=True, stdout=subprocess.DEVNULL)
     path, generator = directory / "adapter_model.safetensors", torch.Generator().manual_seed(SEED)
     started = load_file(path)
     moved = {name: torch.randn(old.shape, generator=generator) * SPREAD if ".lora_B." in name else old for name, old in started.items()}
     save_file(moved, path, metadata={"format": "pt"})
-    (directory / "torchgraft.json").unlink()  # it has the hash of the tensors as they were: what is left is PEFT's format
+    (directory / "torchgraft.json").unlink()  # its hash of the tensors is stale; the rest is PEFT's format
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The memory of this process, and of frozen weights."""
+"""Measure the memory of this process and of frozen weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 
 
 def touch(model: nn.Module) -> None:
-    """Read every weight: from_pretrained maps the file, and what was never read is not in memory yet."""
+    """Read every weight, because from_pretrained maps the file and loads a page when it is first read."""
     for parameter in model.parameters():
         parameter.detach().view(torch.uint8).max()
 
 
 def reset_peak() -> None:
-    """Let the kernel count this process's peak anew."""
+    """Reset the kernel's record of this process's peak memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> int:
-    """The most bytes in memory since `reset_peak`."""
+    """Return the peak memory in bytes since `reset_peak`."""
     return _status("VmHWM")
 
 
@@ -35,20 +35,20 @@ def _status(field: str) -> int:
 
 
 def stored_bytes(modules: Iterable[nn.Module]) -> dict[str, int]:
-    """Of the layers' weights, without biases: as they lie in memory (codes and scales, if quantised), in 16 and in 32 bits."""
-    stored = numbers = 0
+    """Return the bytes of the layers' weights without biases: as stored (codes and scales if quantized), in 16-bit and in 32-bit dtypes."""
+    stored = entries = 0
     for module in modules:
         weight = module._parameters["weight"]
         assert weight is not None
         state = getattr(weight, "quant_state", None)
-        numbers += weight.numel() if state is None else state.shape.numel()
+        entries += weight.numel() if state is None else state.shape.numel()
         tensors = [weight] if state is None else [weight, *_scales(state)]
         stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return {"stored": stored, "in_16_bits": 2 * numbers, "in_32_bits": 4 * numbers}
+    return {"stored": stored, "in_16_bits": 2 * entries, "in_32_bits": 4 * entries}
 
 
 def _scales(state: object) -> list[torch.Tensor]:
-    """Every tensor of bitsandbytes' state of a quantised weight: scales, their offset, and tables of codes."""
+    """Return every tensor in bitsandbytes' state of a quantized weight: scales, their offset, and code tables."""
     found = []
     for value in vars(state).values():
         if isinstance(value, torch.Tensor):

@@ -1,7 +1,7 @@
-"""`adapt merge` on checkpoint files, against copying them and against PEFT: time, memory, and how exact the result is.
+"""Compare `adapt merge` on checkpoint files with PEFT and with copying the files: time, memory, and accuracy.
 
 Run it with `make bench`. It takes about 10 GB in memory or on a disk, and writes merge.md, merge.json and merge.svg.
-This process imports no torch: the kernel counts what it has in memory as the least of each process that it starts.
+This process imports no torch, because the kernel counts its memory as a lower bound for each process that it starts.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from merge_targets import CP, MERGE, NO_UNDO, PEFT, START, UNMERGE, VERIFIED
+from merge_runs import CP, MERGE, NO_UNDO, PEFT, START, UNMERGE, VERIFIED
 
 HERE = Path(__file__).parent
 ADAPT = Path(sys.executable).with_name("adapt")
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
 NARROW = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18, "num_attention_heads": 16}
 SIZES = {name: {**shape, "num_key_value_heads": 4, "vocab_size": 32000} for name, shape in {"1.1B": WIDE, "0.27B": NARROW}.items()}
-"""Keys of config.json; the first is TinyLlama's."""
+"""Name → keys of config.json. The first is the shape of TinyLlama."""
 EVERY = {"1.1B": 5, "0.27B": 1}
-"""Which adapted tensors are compared: a step of 5 shares no divisor with the seven of a block, so every kind has its turn."""
+"""Stride over the adapted tensors that are compared. 5 and the 7 layers of a block have no common divisor, so each layer type occurs."""
 NEEDED = 16e9
-"""Bytes free in memory with which the files lie there."""
+"""Free memory in bytes from which on the files are stored in memory."""
 Files = Path
-"""A directory with model/, adapter/, and what is being written."""
+"""Directory with model/, adapter/ and the output."""
 Command = Sequence[str | Path]
 
 
 class Usage(NamedTuple):
     wall: float
     cpu: float
-    """Of all threads, user and system."""
+    """User plus system time of all threads, in seconds."""
     peak: int
-    """Bytes."""
+    """Peak memory in bytes."""
 
 
 def main() -> None:
     arguments = parser().parse_args()
     results = json.loads((arguments.directory / "merge.json").read_text()) if arguments.report else measure(arguments)
-    from merge_report import write  # what draws would count as the memory of each process, if it were here before
+    from merge_report import write  # imported late: its memory would count for each measured process
 
     write(results, arguments.directory)
     print(f"wrote {arguments.directory / 'merge.md'}, merge.json and merge.svg")
@@ -58,9 +58,9 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__)
     found.add_argument("--repetitions", type=int, default=5)
-    found.add_argument("--peft-repetitions", type=int, default=3, help="the first of them, for PEFT takes long")
+    found.add_argument("--peft-repetitions", type=int, default=3, help="repetitions that include PEFT, which is slow")
     found.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="only these", metavar="SIZE")
-    found.add_argument("--scratch", type=Path, help="where the checkpoints are while it runs; in memory, if there is room")
+    found.add_argument("--scratch", type=Path, help="directory for the checkpoints; default: in memory, if there is room")
     found.add_argument("--directory", type=Path, default=HERE, help="where the results are written")
     found.add_argument("--report", action="store_true", help="run nothing; write page and picture from merge.json")
     return found
@@ -77,7 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def room() -> Path:
-    """In memory if there is room, so that no disk is what is measured."""
+    """Return a directory in memory if there is room, so that the disk is not measured."""
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and min(shutil.disk_usage(memory).free, meminfo("MemAvailable")) >= NEEDED
     return memory if roomy else Path(tempfile.gettempdir())
@@ -112,14 +112,14 @@ def measure_size(name: str, files: Files, repetitions: int, of_peft: int) -> dic
 
 
 def warm_up(files: Files) -> None:
-    """The first repetition is not alone in reading torch from the disk, and in taking new memory from the system."""
+    """Load torch and copy the files once, so that the first repetition does not pay for a cold page cache."""
     run([sys.executable, "-c", "import torch"])
     run(["cp", "-r", files / "model", files / "out"])
     shutil.rmtree(files / "out")
 
 
 def repetition(name: str, files: Files, shard: int, *, peft: bool) -> Iterator[tuple[str, Usage, str]]:
-    """Each command once, its usage and what it printed. While the caller has one, its result is in out/."""
+    """Run each command once; yield its row, usage and output. Its result is in out/ until the next iteration."""
     model, adapter, out, undone = (files / part for part in ("model", "adapter", "out", "undone"))
     merge: Command = [ADAPT, "merge", model, adapter, "--output", out, "--json"]
     commands: dict[str, Command] = {
@@ -141,7 +141,7 @@ def repetition(name: str, files: Files, shard: int, *, peft: bool) -> Iterator[t
 
 
 def accuracy(name: str, files: Files) -> dict[str, Any]:
-    """Of what is in out/."""
+    """Compare the merged checkpoint in out/ with the reference."""
     usage, out = run([sys.executable, HERE / "merge_accuracy.py", files / "model", files / "adapter", files / "out", str(EVERY[name])])
     print(f"{name}: compared with float64 in {usage.wall:.0f} s", flush=True)
     found: dict[str, Any] = json.loads(out)
@@ -149,8 +149,8 @@ def accuracy(name: str, files: Files) -> dict[str, Any]:
 
 
 def run(command: Command) -> tuple[Usage, str]:
-    """One process, to its end: what it took, and what it printed. SystemExit with its last words if it failed."""
-    os.sync()  # what was written before is not written back in this one's time
+    """Run one process; return its usage and output, or raise SystemExit with the end of its stderr."""
+    os.sync()  # earlier writes are not written back while this process is timed
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=errors, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -181,7 +181,7 @@ def machine(scratch: Path) -> dict[str, Any]:
 
 
 def meminfo(field: str) -> int:
-    """Bytes."""
+    """Peak memory in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 

@@ -1,4 +1,4 @@
-"""Whether a merged checkpoint holds what the formula says: W + s·B·A in float64, rounded once to bfloat16.
+"""Compare a merged checkpoint with the formula: W + s·B·A in float64, rounded once to bfloat16.
 
 `python merge_accuracy.py MODEL ADAPTER MERGED EVERY` prints JSON. Every EVERY-th adapted tensor is compared; 1 is all.
 """
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 ROWS = 512
-"""Of a tensor, compared at a time."""
+"""Rows of a tensor that are compared at a time."""
 PREFIX, SUFFIX = "base_model.model.", ".lora_A.weight"
 
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 class Files:
-    """The tensors of all safetensors files of a directory."""
+    """Access to the tensors of all safetensors files of a directory."""
 
     def __init__(self, directory: Path) -> None:
         files: list[Any] = [safe_open(path, "pt") for path in sorted(directory.glob("*.safetensors"))]
@@ -42,7 +42,7 @@ class Files:
 
 
 def compare(base: Files, merged: Files, directory: Path, every: int) -> dict[str, Any]:
-    """How many entries of the adapted tensors are the rounded reference, and whether the others are the base's bit for bit."""
+    """Count the entries of the adapted tensors that equal the rounded reference, and compare the other tensors bit for bit."""
     adapter, config = Files(directory), json.loads((directory / "adapter_config.json").read_text())
     sites = [name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in adapter.of if name.endswith(SUFFIX)]
     entries, steps, errors = 0, [torch.zeros(1)], [torch.zeros(1)]
@@ -72,10 +72,10 @@ def compare(base: Files, merged: Files, directory: Path, every: int) -> dict[str
 
 
 def rounded_once(value: Tensor) -> Tensor:
-    """float64 → bfloat16, to the nearest and ties to even.
+    """Round float64 to bfloat16, to nearest and ties to even.
 
-    By way of float32 it would be rounded twice. So float32 is rounded to odd: toward 0, and the last bit set if anything
-    was lost. Its 24 bits are more than the 8 + 2 from which the second rounding is right: Boldo and Melquiond, 2008,
+    Rounding to float32 first would round twice. So the value is rounded to odd in float32: toward 0, with the last bit set if
+    anything was lost. float32 has 24 bits, more than the 8 + 2 for which the second rounding is then correct: Boldo and Melquiond, 2008,
     "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd".
     """
     near = value.float()
@@ -86,17 +86,17 @@ def rounded_once(value: Tensor) -> Tensor:
 
 
 def ulps(one: Tensor, other: Tensor) -> Tensor:
-    """How many steps from one bfloat16 number to the next lie between the entries: -0 and 0 are one number."""
+    """Return the distance between entries in bfloat16 numbers, where -0 and 0 are the same number."""
     return (_places(one) - _places(other)).abs()
 
 
 def unit(value: Tensor) -> Tensor:
-    """The step to the next bfloat16 number after each, of 8 bits."""
+    """Return the distance from each value to the next bfloat16 number, which has 8 bits."""
     return torch.ldexp(torch.ones(value.shape, dtype=torch.float64), torch.frexp(value.float()).exponent - 8)
 
 
 def _places(value: Tensor) -> Tensor:
-    """Each number's place among all: the bits are a sign and a magnitude."""
+    """Return each number's position among all bfloat16 numbers; the bits are a sign and a magnitude."""
     bits = value.view(torch.int16).int()
     return torch.where(bits < 0, -(bits & 0x7FFF), bits)
 

@@ -1,4 +1,4 @@
-"""The same merge with PEFT: `python merge_peft.py MODEL ADAPTER OUT BYTES`, with at most BYTES in each file."""
+"""Merge with PEFT: `python merge_peft.py MODEL ADAPTER OUT BYTES`, with at most BYTES in each file."""
 
 from __future__ import annotations
 

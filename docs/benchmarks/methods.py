@@ -1,7 +1,7 @@
-"""All methods and full fine-tuning on a real encoder and real text: a table, two pictures, and the claims with their figures.
+"""Compare all methods and full fine-tuning on a sentence encoder and real text.
 
-Run it with `make bench-methods`. It runs two processes at a time, one thread each. What has run already with the same
-settings is kept in methods.json, so a run that was stopped goes on.
+Run it with `make bench-methods`. It runs two processes at a time, one thread each, and writes methods.md, methods.json and two
+figures. Results of finished runs with the same settings are reused from methods.json, so an interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SWEEP = {
     "loraplus": (2.5e-4, 5e-4, 1e-3),
     "adalora, budget": (2e-3, 5e-3, 1e-2, 2e-2),
 }
-"""The base rates that are tried on a seed of their own, for each family."""
+"""Base learning rates to try for each family, on a seed that the comparison does not use."""
 QUICK_STEPS, QUICK_SEEDS = 12, 2
 Result = dict[str, Any]
 console = Console(highlight=False)
@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
     lr: float
     steps: int
     texts: int
-    """Test texts."""
+    """Number of test texts."""
 
     def is_in(self, results: Sequence[Result]) -> bool:
         how = settings(self.row, self.lr, self.steps, self.texts)
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def planned(rows: Sequence[str], *, quick: bool) -> Iterator[Wanted]:
-    """The sweep, then all rows with one seed before the next: what changes on the machine meanwhile changes for all rows."""
+    """Yield the sweep, then all rows for one seed before the next, so that drift of the machine affects all rows alike."""
     if quick:
         yield from (Wanted(row, seed, RUNS[row][2], QUICK_STEPS, FEW) for seed in range(QUICK_SEEDS) for row in rows)
         return
@@ -89,7 +89,7 @@ def planned(rows: Sequence[str], *, quick: bool) -> Iterator[Wanted]:
 
 
 def measure(wanted: Sequence[Wanted], path: Path, *, fresh: bool, go: bool) -> list[Result]:
-    """The results of `wanted`, from the file or by running; each is in the file as soon as it is there."""
+    """Return the results of `wanted`, from the file or by running; each result is written to the file at once."""
     results = [] if fresh or not path.exists() else json.loads(path.read_text())
     results = [result for result in results if "settings" in result]
     missing = [each for each in wanted if not each.is_in(results)] if go else []
@@ -106,7 +106,7 @@ def measure(wanted: Sequence[Wanted], path: Path, *, fresh: bool, go: bool) -> l
 
 
 def in_process(wanted: Wanted) -> Result:
-    """One run in a process of its own, so that its memory is its own."""
+    """Run once in a separate process, so that its memory can be measured."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "result.json"
         options = {"--lr": wanted.lr, "--steps": wanted.steps, "--texts": wanted.texts, "--out": out}
@@ -118,7 +118,7 @@ def in_process(wanted: Wanted) -> Result:
 
 
 def sweep_of(results: Sequence[Result]) -> dict[str, dict[float, float]]:
-    """Row → base rate → validation loss."""
+    """Return row → base learning rate → validation loss."""
     found: dict[str, dict[float, float]] = {}
     for result in results:
         if result["seed"] == SWEEP_SEED:

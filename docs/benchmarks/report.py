@@ -1,4 +1,4 @@
-"""The page of the comparison, made from its results alone."""
+"""Write the page of the method comparison from its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from finetune import RUNS
 from summary import MARK, WINDOW, Run, Runs, fixed_loss, mebibytes, percent, spread, steps_of, steps_to, trained
 
 Sweep = Mapping[str, Mapping[float, float]]
-HEAD = "| method | base rate | trained numbers | mean final rank | accuracy | steps to the loss | step, ms of CPU | peak memory | merged |"
+HEAD = (
+    "| method | base learning rate | trained parameters | mean final rank | accuracy | steps to the target loss "
+    "| CPU time of a step, ms | peak memory | merged |"
+)
 RULE = "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
 
 
@@ -52,7 +55,7 @@ def page(runs: Runs, sweep: Sweep, *, pictured: bool) -> str:
 
 
 def seeds_of(runs: Runs) -> str:
-    """ "3 seeds", or how many each row has if a run was stopped."""
+    """Format the number of seeds: "3 seeds", or the range if a run was stopped."""
     counts = sorted({len(own) for own in runs.values()})
     return f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds: not all runs are there yet"
 
@@ -74,54 +77,55 @@ def table_line(row: str, own: list[Run], fixed: float) -> str:
 
 
 def merged(own: list[Run]) -> str:
-    """The accuracy after merging, and the largest difference of an output."""
+    """Format the accuracy after merging and the largest difference of an output."""
     if "merged_accuracy" not in own[0]:
         return ""
     return f"{spread([100 * run['merged_accuracy'] for run in own], '.1f')} %, {max(run['merged_difference'] for run in own):.0e}"
 
 
 def rates(sweep: Sweep, used: Mapping[str, float]) -> str:
-    """What was tried for each family, and whether the rate in use is the best of it."""
+    """List the learning rates tried for each family, and whether the one in use is the best."""
     if not sweep:
-        return "Base rates were not compared in this run."
+        return "Learning rates were not compared in this run."
     lines = []
     for row, tried in sweep.items():
         best, rate = min(tried, key=lambda lr: tried[lr]), used.get(row)
         shown = ", ".join(f"{lr:g}: {tried[lr]:.3f}" for lr in sorted(tried))
-        remark = "the best is in use" if rate == best else f"in use is {rate:g}" if rate is not None else "not run"
-        edge = "; the best is at the edge of what was tried" if best in (min(tried), max(tried)) else ""
+        remark = "the best is in use" if rate == best else f"{rate:g} is in use" if rate is not None else "not run"
+        edge = "; the best is at the edge of the range" if best in (min(tried), max(tried)) else ""
         lines.append(f"- {row}: {shown} ({remark}{edge})")
-    return "Base rates, each with the validation loss after a shorter run with a further seed:\n\n" + "\n".join(lines)
+    return "Base learning rates, each with the validation loss after a shorter run with another seed:\n\n" + "\n".join(lines)
 
 
 PAGE = """\
 <!-- written by make bench-methods from methods.json -->
-# The methods on real data
+# The methods on a sentence encoder: accuracy, memory, speed
 
-A real sentence encoder (all-MiniLM-L6-v2, 22.7 M parameters) learns the sentiment of real tweets and reviews: {texts} texts for
-training, {test} held out, {steps} steps of {batch}, {seeds}. Each run also trains a new head of {head} numbers. LoRA and its kin
-have rank {rank} on all linear layers that the sentence vector uses; AdaLoRA decides its own. One thread for each run.
+torchgraft's methods compared with each other, with full fine-tuning and with a head on the frozen encoder. A sentence encoder
+(all-MiniLM-L6-v2, 22.7 M parameters) learns to classify the sentiment of tweets and reviews: {texts} texts for training, {test} held
+out, {steps} steps of batch size {batch}, {seeds}. Each run also trains a new head of {head} parameters. Adapters have rank {rank} on all
+linear layers that the sentence vector uses; AdaLoRA chooses its own ranks. Each run uses one thread.
 
-Measured on {machine}.
+Machine and versions: {machine}.
 
 {table}
 
 - ± is the standard deviation over the seeds.
-- *Steps to the loss*: until the mean training loss of {window} steps is {fixed}, where LoRA is after {share} of the run.
-- *Step*: the processor time of a training step, the median and the quartiles.
-- *Peak memory*: of the whole process; in brackets what training added, once model and libraries were in memory.
-- *Merged*: accuracy with the adapter merged, and the largest difference of an output over the largest output.
+- *Steps to the target loss*: until the mean training loss of {window} steps is at most {fixed}, LoRA's after {share} of the run.
+- *CPU time of a step*: the median of the training steps, with quartiles in brackets.
+- *Peak memory*: of the whole process; in brackets the increase during training, after model and libraries were loaded.
+- *Merged*: accuracy with the adapter merged, and the largest difference of an output relative to the largest output.
 
 {rates}
 
 ![loss curves and accuracies](methods.svg)
 
-## The claims of the methods
+## Claims about the methods
 
-A claim *shows* if the means differ in its direction by more than both standard deviations together, *is reversed* if they differ
-by as much the other way, and else *does not show at this size*. A run that never came to the loss counts as one step longer than
-it was. A claim of saving shows if there is less of what is saved, *without a loss of accuracy*: none beyond that spread. With
-few seeds a small difference can stay hidden.
+A claim is *confirmed* if the means differ in its direction by more than the sum of both standard deviations, *contradicted* if they differ
+by as much in the other direction, and otherwise *inconclusive*. A run that never reached the target loss counts as one step longer than
+the run. A claim about savings also requires an accuracy that is not lower beyond that spread. With this few seeds a small difference can
+remain undetected.
 
 {claims}
 {ranks}"""
@@ -129,7 +133,7 @@ few seeds a small difference can stay hidden.
 RANKS = """
 ## AdaLoRA's ranks
 
-The mean over the seeds.
+Final rank of each layer, mean over the seeds.
 
 ![final ranks of each layer](ranks.svg)
 """

@@ -1,7 +1,7 @@
-"""Training steps, several adapters in one batch, rank decisions, attaching and starting: beside the frozen model and PEFT.
+"""Compare the speed of torchgraft with PEFT and with the frozen model: training, batches, rank allocation, attaching, start-up.
 
-Run it with `make bench`. It writes results.md and results.json. Each part runs in a process of its own; what is compared runs
-in turn within it, so that whatever slows the machine for a while slows all of it.
+Run it with `make bench`; `--report` only rewrites results.md from results.json. Each part runs in a process of its own. The
+implementations that it compares take turns, so that a slow phase of the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from llama_files import SHARDS, shards, tensors
 from merge import ADAPT, HERE, SIZES, machine, run, versions
 
 SHAPES = [(768, 2, 256), (768, 2, 1024), (1536, 1, 256), (1536, 1, 1024)]
-"""Hidden size, layers, tokens."""
+"""Triples of hidden size, layers and tokens."""
 SETTINGS = [(32, "float32"), (4, "float32"), (4, "bfloat16")]
-"""Bits of the base, and the type of its products and of the adapter."""
+"""Pairs of the base's bits and the dtype of its matrix products and of the adapter."""
 Part = dict[str, Any]
 
 
@@ -33,12 +33,16 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=HERE, help="where the results are written")
     parser.add_argument("--part", help="measure one part only, with these arguments as JSON, and print JSON")
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS), help="parts to measure; others stay as they were")
+    parser.add_argument("--report", action="store_true", help="run nothing; write results.md from results.json")
     arguments = parser.parse_args()
     if arguments.part:
         name, *values = json.loads(arguments.part)
         print(json.dumps(PARTS[name][1](*values)))
         return
     path = arguments.directory / "results.json"
+    if arguments.report:
+        write(json.loads(path.read_text()), arguments.directory)
+        return
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() and len(arguments.only) < len(PARTS) else {}
     here = {"machine": this_machine(), "versions": versions() | {"bitsandbytes": version("bitsandbytes")}}
     if other := [key for key in here if results and results[key] != here[key]]:
@@ -51,10 +55,14 @@ def main() -> None:
             found.append(in_process(name, *values))
         results[name] = found
     path.write_text(json.dumps(results, indent=1) + "\n")
+    write(results, arguments.directory)
+
+
+def write(results: dict[str, Any], directory: Path) -> None:
     from speed_report import page
 
-    (arguments.directory / "results.md").write_text(page(results))
-    print(f"wrote {arguments.directory / 'results.md'} and results.json")
+    (directory / "results.md").write_text(page(results))
+    print(f"wrote {directory / 'results.md'}")
 
 
 def this_machine() -> dict[str, Any]:
@@ -73,7 +81,9 @@ def in_process(name: str, *values: Any) -> Part:
 def shapes(repetitions: int) -> list[Sequence[Any]]:
     from bitsandbytes.functional import has_avx512bf16
 
-    settings = [(bits, dtype) for bits, dtype in SETTINGS if dtype == "float32" or has_avx512bf16()]  # else an emulation would be timed
+    settings = [
+        (bits, dtype) for bits, dtype in SETTINGS if dtype == "float32" or has_avx512bf16()
+    ]  # without native products an emulation would be timed
     return [(*setting, *shape, repetitions) for setting in settings for shape in SHAPES]
 
 
@@ -101,7 +111,7 @@ def memory_rows(repetitions: int) -> list[Sequence[Any]]:
 def allocation(repetitions: int) -> Part:
     from allocation import measure
 
-    return measure(2 * repetitions)  # one decision in each: with few, the budget falls in great steps
+    return measure(2 * repetitions)  # each has one decision; with few, the budget would fall in large steps
 
 
 def attaching(repetitions: int) -> Part:
@@ -117,7 +127,7 @@ def batches(repetitions: int) -> Part:
 
 
 def starting(repetitions: int) -> Part:
-    """Of commands, on a checkpoint of 1.1B parameters whose files are holes: only headers and samples are read."""
+    """Time commands on a sparse checkpoint of 1.1B parameters, of which only headers and samples are read."""
     with tempfile.TemporaryDirectory(prefix="speed-bench-") as scratch:
         model = Path(scratch)
         index = {}
@@ -166,7 +176,7 @@ PARTS: dict[str, tuple[Callable[[int], list[Sequence[Any]]], Callable[..., Part]
     "starting": (once, starting),
     "tried": (once, tried),
 }
-"""Name → the arguments of each process, and what it runs."""
+"""Name → the function that returns the arguments of each process, and the function that it runs."""
 
 
 if __name__ == "__main__":

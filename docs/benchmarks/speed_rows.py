@@ -1,4 +1,4 @@
-"""The models that a training step is timed on: of Llama's form, with nothing, LoRA or DoRA on them, ours or PEFT's."""
+"""Build and time Llama-shaped models: frozen, with LoRA or DoRA of torchgraft, and with LoRA or DoRA of PEFT."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Times = dict[str, list[float]]
 
 
 def base(hidden: int, layers: int, bits: int, dtype: torch.dtype) -> nn.Module:
-    """A frozen model with random weights: in `dtype`, or in NF4 with the products in `dtype`."""
+    """Return a frozen model with random weights, in `dtype` or in NF4 with `dtype` as compute dtype."""
     torch.manual_seed(SEED)
     config = transformers.LlamaConfig(
         hidden_size=hidden,
@@ -42,7 +42,7 @@ def base(hidden: int, layers: int, bits: int, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def ours(model: nn.Module, method: str, dtype: torch.dtype) -> nn.Module:
+def with_torchgraft(model: nn.Module, method: str, dtype: torch.dtype) -> nn.Module:
     adapter = tg.apply(model, method, LINEARS, rank=RANK, alpha=ALPHA, dtype=str(dtype).removeprefix("torch."))
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -50,7 +50,7 @@ def ours(model: nn.Module, method: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def theirs(model: nn.Module, dtype: torch.dtype, *, dora: bool) -> nn.Module:
+def with_peft(model: nn.Module, dtype: torch.dtype, *, dora: bool) -> nn.Module:
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, use_dora=dora, init_lora_weights=False)
     found = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for parameter in found.parameters():
@@ -65,15 +65,15 @@ def rows(hidden: int, layers: int, bits: int, dtype: torch.dtype) -> Mapping[str
 
     return {
         FROZEN: make,
-        LORA: lambda: ours(make(), "qlora" if bits == 4 else "lora", dtype),
-        PEFT_LORA: lambda: theirs(make(), dtype, dora=False),
-        DORA: lambda: ours(make(), "dora", dtype),
-        PEFT_DORA: lambda: theirs(make(), dtype, dora=True),
+        LORA: lambda: with_torchgraft(make(), "qlora" if bits == 4 else "lora", dtype),
+        PEFT_LORA: lambda: with_peft(make(), dtype, dora=False),
+        DORA: lambda: with_torchgraft(make(), "dora", dtype),
+        PEFT_DORA: lambda: with_peft(make(), dtype, dora=True),
     }
 
 
 def step(model: nn.Module, embedded: Tensor) -> None:
-    """Forward and backward, with gradients of the activations down to the embeddings."""
+    """Run forward and backward, with gradients of the activations down to the embeddings."""
     x = embedded.clone().requires_grad_()
     model(inputs_embeds=x).logits.float().square().mean().backward()
     for parameter in model.parameters():
@@ -87,7 +87,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def measure(hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype, repetitions: int) -> dict[str, Times]:
-    """Seconds of a step and of a forward in eval, row by row in an order that is shuffled in each repetition."""
+    """Return the seconds of a training step and of a forward in eval mode, with the rows shuffled in each repetition."""
     models = {row: make() for row, make in rows(hidden, layers, bits, dtype).items()}
     embedded = torch.randn(1, tokens, hidden).to(dtype)
     steps: Times = {row: [] for row in models}
@@ -98,7 +98,7 @@ def measure(hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype
             one = timed(lambda model=model: step(model, embedded))  # type: ignore[misc]
             model.eval()
             with torch.no_grad():
-                model(inputs_embeds=embedded)  # what a method keeps in eval is made here
+                model(inputs_embeds=embedded)  # fills the caches of methods that have some in eval mode
                 other = timed(lambda model=model: model(inputs_embeds=embedded))  # type: ignore[misc]
             if repetition > 1:
                 steps[row].append(one)
@@ -107,7 +107,7 @@ def measure(hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype
 
 
 def peak_of(row: str, hidden: int, layers: int, tokens: int, bits: int, dtype: torch.dtype) -> int:
-    """The most bytes that this process has in memory in a step, weights included, beyond what it had before the model."""
+    """Return the peak memory of a step in bytes, weights included, less the memory in use before the model was built."""
     from memory import peak, reset_peak, resident
 
     before = resident()

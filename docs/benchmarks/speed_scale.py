@@ -1,4 +1,4 @@
-"""Attaching LoRA to a model of the shape of Llama 3 70B that has no values: 560 layers."""
+"""Time attaching LoRA to a model of the shape of Llama 3 70B on the meta device: 560 layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def attach(repetitions: int) -> dict[str, Any]:
             call = (
                 (lambda model=model: tg.apply(model, "lora", LINEARS, rank=RANK))
                 if name == "torchgraft"
-                else (lambda model=model: theirs(model))
+                else (lambda model=model: with_peft(model))
             )  # type: ignore[misc]
             peak.append(timed(call))
             if repetition:
@@ -40,6 +40,6 @@ def blank() -> nn.Module:
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**GIANT))
 
 
-def theirs(model: nn.Module) -> None:
+def with_peft(model: nn.Module) -> None:
     with torch.device("meta"):
         peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules=LINEARS), low_cpu_mem_usage=True)

@@ -1,4 +1,4 @@
-"""What was tried for speed and is not in the code, beside what is: each in one run, in turn."""
+"""Compare the implementation of LoRA's and DoRA's update with the alternatives that are not used."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 RANK, SCALE = 16, 2.0
 TOKENS = [256, 1024]
 SIZES = [(768, 768), (768, 2048), (1536, 1536)]
-"""In and out."""
+"""Pairs of in_features and out_features."""
 
 
 class Fused(torch.autograd.Function):
-    """Layer and update as one function, whose backward adds to the gradient of x in place."""
+    """Compute layer and update in one function, whose backward adds to the gradient of x in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Fused(torch.autograd.Function):
 
 
 class Contiguous(Fused):
-    """The same with each factor laid out as its product reads it fastest."""
+    """Do as Fused, with each factor laid out as its product reads it fastest."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Contiguous(Fused):
 
 
 class FusedGain(torch.autograd.Function):
-    """Layer, update and DoRA's gain as one function, whose backward sums the gain's gradient by blocks of rows."""
+    """Compute layer, update and DoRA's gain in one function, whose backward sums the gain's gradient by row blocks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class FusedGain(torch.autograd.Function):
 
 
 def separate(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The update as a tensor of its own."""
+    """Compute the update as a separate tensor."""
     return F.linear(x, w) + SCALE * F.linear(F.linear(x, a), b)
 
 
@@ -72,13 +72,13 @@ def in_place(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def batched(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """In three dimensions, without flattening first."""
+    """Add in three dimensions, without flattening first."""
     x = x[None]
     return F.linear(x, w).baddbmm_(F.linear(x, a), b.t()[None], alpha=SCALE)[0]
 
 
 def scaled_before(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The scale on the narrow product."""
+    """Apply the scale to the narrow product."""
     return F.linear(x, w).addmm_(SCALE * F.linear(x, a), b.t())
 
 
@@ -105,7 +105,7 @@ def measure(repetitions: int) -> dict[str, Any]:
 
 
 def forms(width: int, out: int, tokens: int, repetitions: int) -> dict[str, Any]:
-    """A step of one layer with LoRA on it, over that of the layer alone."""
+    """Time a training step of one layer, alone and with each form of LoRA."""
     x = torch.randn(tokens, width, requires_grad=True)
     w, g, u = torch.randn(out, width), torch.randn(tokens, out), torch.randn(tokens, RANK)
     a, b, gain = (torch.randn(shape, requires_grad=True) for shape in ((RANK, width), (out, RANK), (out,)))
@@ -117,7 +117,7 @@ def forms(width: int, out: int, tokens: int, repetitions: int) -> dict[str, Any]
 
     @torch.no_grad()
     def products() -> None:
-        """LoRA's six, beside the layer's two."""
+        """Run LoRA's six matrix products, without the layer's two."""
         torch.mm(x, a.t())
         h.addmm_(u, b.t())
         torch.mm(g, b)

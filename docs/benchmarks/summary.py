@@ -1,4 +1,4 @@
-"""Figures over the seeds of one row, as text and as numbers."""
+"""Summarize the runs of one row over its seeds, as numbers and as text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 WINDOW = 25
 """Steps over which the training loss is averaged."""
 MARK = 0.6
-"""The fixed loss is the one that LoRA's mean curve has at this share of the run."""
+"""Share of the run at which LoRA's mean curve defines the target loss."""
 Run = dict[str, Any]
 Runs = dict[str, list[Run]]
 
 
 def smooth(losses: Sequence[float]) -> list[float]:
-    """The mean over the last steps, up to a window."""
+    """Return the running mean over at most WINDOW steps."""
     return [mean(losses[max(0, step - WINDOW) : step]) for step in range(1, len(losses) + 1)]
 
 
@@ -24,13 +24,13 @@ def fixed_loss(lora: Sequence[Run]) -> float:
 
 
 def steps_to(run: Run, fixed: float) -> int | None:
-    """The first step whose running mean of a whole window is at or below `fixed`."""
+    """Return the first step whose running mean over a whole window is at most `fixed`."""
     window = min(WINDOW, len(run["losses"]))
     return next((step for step, loss in enumerate(smooth(run["losses"]), 1) if step >= window and loss <= fixed), None)
 
 
 def steps_of(steps: Sequence[int | None]) -> str:
-    """ "97 ± 4", or how many runs came that far."""
+    """Format mean and deviation, "97 ± 4", or how many runs reached the target loss."""
     reached = [step for step in steps if step is not None]
     if len(reached) == len(steps):
         return spread(reached, ".0f")
@@ -50,7 +50,7 @@ def percent(values: Sequence[float]) -> str:
 
 
 def trained(own: Sequence[Run]) -> str:
-    """The encoder's numbers that were trained; at the start and at the end if they differ."""
+    """Format the number of trained parameters of the encoder, at start and end if they differ."""
     start, end = own[0]["trained_at_start"], [run["trained"] for run in own]
     return f"{start:,}" if set(end) == {start} else f"{start:,} → {mean(end):,.0f}"
 
@@ -60,6 +60,6 @@ def mebibytes(own: Sequence[Run], key: str) -> str:
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> int:
-    """1 if `first` is larger by more than both standard deviations together, -1 if smaller by as much, else 0."""
+    """Return 1 if `first` is larger by more than the sum of both standard deviations, -1 if smaller by as much, else 0."""
     difference, noise = mean(first) - mean(second), deviation(first) + deviation(second)
     return 0 if abs(difference) <= noise else 1 if difference > 0 else -1

@@ -1,4 +1,4 @@
-"""A sentence encoder with a linear head, its training and its accuracy."""
+"""Train and evaluate a sentence encoder with a linear head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 32
 
 
 class Classifier(nn.Module):
-    """Mean-pooled encoder states, then a linear layer."""
+    """Classify a text by a linear layer on the mean-pooled encoder states."""
 
     def __init__(self, encoder: nn.Module, directory: Path) -> None:
         super().__init__()
@@ -25,14 +25,14 @@ class Classifier(nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
 
     def embed(self, texts: list[str]) -> Tensor:
-        """(batch, hidden)."""
+        """Return sentence vectors (batch, hidden)."""
         batch = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS, padding=True, return_tensors="pt")
         mask = batch["attention_mask"].unsqueeze(-1)
         states = self.encoder(**batch).last_hidden_state
         return (states * mask).sum(1) / mask.sum(1)
 
     def forward(self, texts: list[str]) -> Tensor:
-        """(batch, labels)."""
+        """Return logits (batch, labels)."""
         return self.head(self.embed(texts))
 
 
@@ -45,14 +45,14 @@ def embed_all(model: Classifier, split: Split) -> Tensor:
 
 
 def accuracy(model: Classifier, split: Split) -> float:
-    """The share of `split` that `model` labels right."""
+    """Return the share of `split` that `model` labels correctly."""
     with torch.no_grad():
         guesses = model.head(embed_all(model, split)).argmax(-1)
     return float((guesses == torch.tensor(split.labels)).float().mean())
 
 
 def train_head(model: Classifier, split: Split, epochs: int = 30) -> None:
-    """Train the head alone, on features that the encoder as it stands gives once."""
+    """Train only the head, on features that the frozen encoder computes once."""
     features, labels = embed_all(model, split), torch.tensor(split.labels)
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=1e-2)
     for _ in range(epochs):
@@ -61,7 +61,7 @@ def train_head(model: Classifier, split: Split, epochs: int = 30) -> None:
 
 
 def train(model: Classifier, split: Split, groups: list[dict[str, Any]], each_step: Callable[[float], None]) -> None:
-    """One pass over `split`; the learning rate rises over the first tenth, then falls to zero."""
+    """Train for one epoch; the learning rate rises over the first tenth of the steps, then decays to zero."""
     optimizer = torch.optim.AdamW(groups)
     batches = list(_batches(split))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -80,7 +80,7 @@ def _batches(split: Split) -> Iterable[tuple[list[str], Tensor]]:
 
 
 def _of_like_length(split: Split, size: int) -> list[list[int]]:
-    """Places in `split` in groups of `size`, with texts of like length together: less padding is quicker."""
+    """Return indices into `split` in groups of `size` texts of similar length, which need less padding."""
     order = sorted(range(len(split)), key=lambda i: len(split.texts[i]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 

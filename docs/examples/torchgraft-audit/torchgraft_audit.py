@@ -1,6 +1,6 @@
-"""A log of what methods did to weights: one line of JSON for each call of a hook, in the file that TORCHGRAFT_AUDIT names.
+"""Log the calls of all methods' hooks: one line of JSON for each call, in the file named by TORCHGRAFT_AUDIT.
 
-The plugin has no method. It wraps the hooks of all methods, and adds a command: `adapt audit FILE` sums the log up.
+The plugin has no method. It wraps the hooks of all methods, and adds a command: `adapt audit FILE` summarizes the log.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def register_commands(commands: click.Group) -> None:
     @commands.command()
     @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
     def audit(file: Path) -> None:
-        """Say how often each hook was called, and how long it took in all."""
+        """Show how often each hook was called, and the total time."""
         try:
             entries = [json.loads(line) for line in file.read_text().splitlines()]
         except ValueError as error:
-            raise click.ClickException(f"{file}: it is no log of torchgraft-audit: {error}") from None
+            raise click.ClickException(f"{file}: not a log of torchgraft-audit: {error}") from None
         seconds = Counter[str]()
         for entry in entries:
             seconds[entry["hook"]] += entry["seconds"]
@@ -52,7 +52,7 @@ def register_commands(commands: click.Group) -> None:
 
 
 def _timed(hook: str, **details: Any) -> Generator[None, Any, Any]:
-    """Everything before the yield comes before the method's own function, its result comes out of it."""
+    """Time a hook: the yield calls the method's function and returns its result."""
     start = time.perf_counter()
     result = yield
     if file := os.environ.get("TORCHGRAFT_AUDIT"):
@@ -61,5 +61,5 @@ def _timed(hook: str, **details: Any) -> Generator[None, Any, Any]:
             with Path(file).open("a") as log:
                 log.write(json.dumps(entry) + "\n")
         except OSError as error:
-            raise tg.TorchgraftError(f"TORCHGRAFT_AUDIT={file}: it cannot be written: {error.strerror}") from None
+            raise tg.TorchgraftError(f"TORCHGRAFT_AUDIT={file}: the log cannot be written: {error.strerror}") from None
     return result

@@ -1,8 +1,8 @@
-"""A kind of layer for torchgraft: a projection whose weight is kept by heads, (heads, size, in), as research code often has it.
+"""A kind of layer for torchgraft: a projection whose weight is stored by heads, (heads, size, in), as in much research code.
 
     y[…, h, d] = Σᵢ W[h, d, i]·x[…, i]
 
-Methods work on it, with nothing said about them here: they see the matrix (heads·size, in).
+Every method works on it, because methods see the matrix (heads·size, in).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchgraft import hookimpl
 
 
 class HeadwiseLinear(nn.Module):
-    """(…, in) → (…, heads, size)."""
+    """Project (…, in) to (…, heads, size)."""
 
     def __init__(self, in_features: int, heads: int, size: int) -> None:
         super().__init__()

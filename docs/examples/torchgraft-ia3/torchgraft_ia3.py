@@ -3,7 +3,7 @@
     h = l ⊙ (W₀·x + b)        side = "output", l (out,): for keys and values
     h = W₀·(l ⊙ x) + b        side = "input", l (in,): for the second layer of a feed-forward block
 
-l starts at 1, the pretrained model. The merge scales rows of W₀, and the bias with them, or columns.
+l starts at 1, so training starts at the pretrained model. A merge scales the rows of W₀ and the bias, or the columns of W₀.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LINEAR = frozenset({"Linear", "Conv1D", "Linear4bit", "Linear8bitLt"})
 
 
 class Ia3Config(tg.Config):
-    side: Literal["output", "input"] = Field("output", description="what is scaled: the layer's outputs, or its inputs")
+    side: Literal["output", "input"] = Field("output", description="scale the layer's outputs, or its inputs")
 
 
 @hookimpl
@@ -34,7 +34,7 @@ def adapter_method() -> tg.Method:
 
 @hookimpl
 def adapter_init(site: tg.Site, config: Ia3Config) -> dict[str, Tensor]:
-    import torch  # here, for it takes a second, which `adapt --help` does not have
+    import torch  # imported here, because it takes a second, and `adapt --help` does not need it
 
     return {"l": torch.ones(site.out_features if config.side == "output" else site.in_features)}
 
@@ -64,5 +64,5 @@ def adapter_merge_bias(config: Ia3Config, params: Mapping[str, Tensor], bias: Te
 
 
 def _factors(config: Ia3Config, params: Mapping[str, Tensor], rows: slice) -> Tensor:
-    """l as a column of these rows, or as a row."""
+    """Return l as a column for these rows, or as a row."""
     return params["l"][rows, None] if config.side == "output" else params["l"]

@@ -1,6 +1,6 @@
-"""Each way to start A and B, on the demo's encoder and text; writes docs/initialisation.md.
+"""Compare the initializations of A and B on the demo's encoder and text, and write docs/initialization.md.
 
-Run it with `OMP_NUM_THREADS=1 python docs/benchmarks/initialisation.py`; it takes some minutes.
+Run it with `OMP_NUM_THREADS=1 python docs/benchmarks/initialization.py`; it takes some minutes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ STARTS = {
     "both gaussian": ("both-gaussian", "gaussian", "gaussian"),
     BOTH_ZERO: ("kaiming", "0", "0"),  # torchgraft refuses it as an option: A is set to 0 afterwards
 }
-"""Row → torchgraft's `init`; what A and B are."""
 
 
 class Run(NamedTuple):
@@ -53,7 +52,7 @@ class Run(NamedTuple):
     before: float
     after: float
     slow: float | None
-    """After as many steps at SLOW_LR; for the first seed only."""
+    """Loss after as many steps at SLOW_LR; only for the first seed."""
 
 
 Runs = dict[str, list[Run]]
@@ -64,7 +63,7 @@ Sizes = dict[int, list[tuple[float, ...]]]
 def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    Path(__file__).parents[1].joinpath("initialisation.md").write_text(page(*measure(STEPS)))
+    Path(__file__).parents[1].joinpath("initialization.md").write_text(page(*measure(STEPS)))
 
 
 def measure(steps: int) -> tuple[Runs, Sizes]:
@@ -81,7 +80,7 @@ def measure(steps: int) -> tuple[Runs, Sizes]:
 
 
 class Bench:
-    """The encoder with a head trained on its frozen output, and the same batches for each start."""
+    """Encoder with a head trained on its frozen output, and the same batches for each initialization."""
 
     def __init__(self, train: Split, seed: int, steps: int) -> None:
         self.seed = seed
@@ -118,7 +117,7 @@ class Bench:
         return Run(grad_a, grad_b, relative(vectors, self.untouched), before, after, slow)
 
     def size(self, rank: int, factor: float) -> tuple[float, float]:
-        """With both gaussian, N(0, 1/r) times `factor`: the output's change; and the gradient of B once B is 0."""
+        """Return the change of the output with both factors N(0, 1/r) times `factor`, and the gradient of B after B is set to 0."""
         with self.adapted("both gaussian", rank) as adapter:
             for name in "AB":
                 scale_(adapter, name, factor)
@@ -128,7 +127,7 @@ class Bench:
             return relative(vectors, self.untouched), gradient_norm(adapter, "B")
 
     def fit(self, adapter: tg.Adapter, lr: float) -> float:
-        """The loss after one step on each batch, with a rate that falls to 0."""
+        """The loss after one step on each batch, with a learning rate that decays to 0."""
         optimizer = torch.optim.AdamW(adapter.param_groups(lr=lr))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=len(self.batches))
         for batch in self.batches:
@@ -143,7 +142,7 @@ class Bench:
 
     @torch.no_grad()
     def outputs(self) -> tuple[Tensor, float]:
-        """The sentence vectors of the probe, and its loss."""
+        """Return the sentence vectors of the probe, and its loss."""
         vectors = embed_all(self.model, self.probe)
         return vectors, nn.functional.cross_entropy(self.model.head(vectors), torch.tensor(self.probe.labels)).item()
 
@@ -163,7 +162,7 @@ def scale_(adapter: tg.Adapter, name: str, factor: float) -> None:
 
 
 def gradient_norm(adapter: tg.Adapter, name: str) -> float:
-    """Over all layers; one that the output does not see (BERT's pooler) has no gradient."""
+    """Return the norm over all layers; a layer that does not affect the output (BERT's pooler) has no gradient."""
     gradients = [part.tensors()[name].grad for part in adapter.parts.values()]
     return sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients if gradient is not None))
 
@@ -176,58 +175,62 @@ def page(runs: Runs, sizes: Sizes) -> str:
     kaiming_grad, gaussian_grad, both_grad = (mean(run.grad_b for run in runs[row]) for row in ("kaiming", "gaussian", "both gaussian"))
     still = sum(run.before == run.after and not run.grad_a and not run.grad_b for run in runs[BOTH_ZERO])
     return f"""\
-<!-- written by docs/benchmarks/initialisation.py -->
-# How A and B start
+<!-- written by docs/benchmarks/initialization.py -->
+# How A and B are initialized
 
-h = W₀x + BAx. With g = ∂L/∂h:
+The initial values of A and B decide whether the adapter changes the model's output before training, and which of the two gets a gradient.
+For h = W₀x + BAx, with g = ∂L/∂h:
 
     ∂L/∂A = Bᵀ g xᵀ        ∂L/∂B = g (Ax)ᵀ
 
-- B = 0: BA = 0, and A's gradient is 0. In the first step only B moves; from the second on both do.
-- A = 0: the mirror image. BA = 0, and in the first step only A moves.
-- A = B = 0: both gradients are 0, so nothing moves, so they are 0 in every later step too.
-- Neither is 0: both move, but BA ≠ 0, so the model is another one before any training.
+- B = 0: BA = 0, and A's gradient is 0. The first step changes only B; later steps change both.
+- A = 0: BA = 0, and B's gradient is 0. The first step changes only A.
+- A = B = 0: both gradients are 0, in every step. Nothing is ever trained, so torchgraft refuses this option.
+- Neither is 0: both get gradients, but BA ≠ 0, so the output changes before any training.
 
 ## Measured
 
 MiniLM, with a head trained first on its frozen output, on {TRAIN:,} real tweets and reviews cut to {TOKENS} tokens. LoRA of rank
-{RANK} on `@linear`, s = 1, σ = 1; AdamW, batches of {BATCH}, a rate that falls to 0, no dropout, the head frozen. Loss: of {PROBE} of the
-training texts. Output: their sentence vectors; its change is relative. Gradients: the norm over all layers. Mean ± standard
-deviation of {len(SEEDS)} seeds; the last column is one seed. `0` is exactly 0.
+{RANK} on `@linear`, s = 1, σ = 1; AdamW, batches of {BATCH}, a learning rate that decays to 0, no dropout, the head frozen. Loss:
+of {PROBE} of the training texts. Output: their sentence vectors; the change is relative. Gradients: the norm over all layers. Mean
+± standard deviation of {len(SEEDS)} seeds; the last column is one seed. `0` is exactly 0.
 
-| start | A | B | ‖∂L/∂A‖ | ‖∂L/∂B‖ | output changes by | loss at step 0 | after {STEPS} steps, rate {LR} | rate {SLOW_LR} |
+| `init` | A | B | ‖∂L/∂A‖ | ‖∂L/∂B‖ | output changes by | loss at step 0 | after {STEPS} steps, rate {LR} | rate {SLOW_LR} |
 |---|---|---|--:|--:|--:|--:|--:|--:|
 {table}
 
-## What the notes say
+## Results
 
-- **kaiming, gaussian**: no effect at the start, and A's random values let the gradient flow. *Agrees*: the output changes by
-  exactly 0, and B has a gradient. But N(0, σ²/r) gives B a gradient {gaussian_grad / kaiming_grad:.0f} times kaiming's, and it wants a
-  smaller rate: at {LR} its loss does not fall, at {SLOW_LR} it does.
-- **Why A must not be 0**: no gradient, and all neurons alike. *Only if B = 0 too*: see swapped.
-- **swapped**: B's values may have an effect at once; gradients may not flow well; learning may take longer. *Differs*: the output
-  changes by exactly 0. A's gradient, {swapped["grad_a"]}, is like B's in gaussian, {gaussian["grad_b"]}. So is the loss
-  after {STEPS} steps: {swapped["after"]} and {gaussian["after"]}.
-- **both zero**: all gradients are 0 at the start, and learning may fail. *Agrees, and it always fails*: with {still} of {len(SEEDS)}
-  seeds the loss after {STEPS} steps is, to the last bit, that at step 0. torchgraft refuses this option; here A was zeroed by hand.
-- **both gaussian**: disturbs the model, is unstable, may destroy what it knows. *Agrees*: the output changes by {both["change"]}
-  times itself, the loss starts at {both["before"]} instead of {gaussian["before"]}, with {both_grad / gaussian_grad:.0f} times gaussian's
-  gradient, and is {both["after"]} after {STEPS} steps.
-- **orthogonal, pissa** are not in the notes. orthogonal is near kaiming. In pissa neither factor is 0, and ΔW = BA - B₀A₀, with B₀ and
-  A₀ fixed copies, is 0 at the start but for rounding: both move in the first step, and nothing is disturbed.
+- **kaiming, gaussian**: the output does not change, and B has a gradient. N(0, σ²/r) gives B a gradient {
+        gaussian_grad / kaiming_grad:.0f} times that of kaiming, so it needs a smaller learning rate: at {LR} its loss does not fall, at {
+        SLOW_LR
+    } it
+  does.
+- **orthogonal** is close to kaiming.
+- **swapped** (A = 0) is the mirror image of gaussian: the output does not change; A's gradient, {swapped["grad_a"]}, is similar to
+  B's in gaussian, {gaussian["grad_b"]}; and so is the loss after {STEPS} steps, {swapped["after"]} and {gaussian["after"]}.
+- **both zero** never trains: with {still} of {len(SEEDS)} seeds the loss after {STEPS} steps equals the loss at step 0 bit for bit.
+  For this row A was set to 0 after `tg.apply`.
+- **both gaussian** disturbs the model: the relative change of the output is {both["change"]}, the loss starts at {both["before"]}
+  instead of {gaussian["before"]}, with {both_grad / gaussian_grad:.0f} times the gradient of gaussian, and is {both["after"]} after
+  {STEPS} steps.
+- **pissa**: neither factor is 0. ΔW = BA - B₀A₀, with frozen copies B₀ and A₀, is 0 at the start except for rounding. Both factors
+  get a gradient in the first step, and the output does not change.
 
 ## Why the variance is divided by r
 
-Both gaussian, σ = {SIGMA}: the output's change; then B = 0: the gradient.
+With both factors gaussian, σ = {SIGMA}: the change of the output. Then with B = 0: the gradient.
 
 | r | N(0, σ²/r): output changes by | ‖∂L/∂B‖ | N(0, σ²): output changes by | ‖∂L/∂B‖ |
 |--:|--:|--:|--:|--:|
 {ranks}
 
-The notes: it makes the update's size independent of r. *Agrees for what trains at B = 0*: Ax, and so B's gradient, has one size at
-every r, where N(0, σ²) grows as √r. *Not for BA itself*: its entries have variance σ⁴/r, which falls with r; with N(0, σ²) it is rσ⁴.
+With B = 0, the division makes Ax, and so B's gradient, independent of r, while with N(0, σ²) both grow as √r. It does not make the
+size of BA independent of r if both factors are gaussian: the entries of BA have variance σ⁴/r with N(0, σ²/r), and rσ⁴ with N(0,
+σ²).
 
-The notes: it takes in the 1/r of α/r. *With both factors divided*; in A alone it is 1/√r, as in `scaling="alpha/sqrt(r)"`.
+Dividing the variance of one factor scales the update by 1/√r, as `scaling="alpha/sqrt(r)"` does; dividing both scales it by 1/r. So
+`init="gaussian"` is usually combined with `scaling="none"`.
 """
 
 
@@ -236,7 +239,7 @@ def line(*columns: str) -> str:
 
 
 def cell(values: Iterable[float | None]) -> str:
-    """Mean ± standard deviation; a plain 0 only where every value is exactly 0."""
+    """Format mean ± standard deviation; "0" only if every value is exactly 0."""
     known = [value for value in values if value is not None]
     if not any(known) or mean(known) < 1e-3:
         return f"{mean(known):.0e}" if any(known) else "0"
