@@ -1,6 +1,7 @@
-"""torchgraft: adapter methods as plugins, and the surgery that attaches, merges and unmerges them.
+"""torchgraft: adapter methods as plugins, and the engine that attaches, trains, merges and exactly unmerges them.
 
-The names below are loaded when they are first used, so that `import torchgraft` costs no torch.
+The names of `__all__` are public, and nothing else is. They are loaded when first used, so that `import torchgraft` does not
+import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writing so that what is there is either whole or absent."""
+"""Write files and directories so that each is complete or absent, and read JSON."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import Any
 from torchgraft.errors import FileFormatError, TorchgraftWarning
 
 Progress = Callable[[int, int], None]
-"""Called with the number of bytes that were just written, and of all that will be."""
+"""A callback (bytes just written, bytes in total)."""
 
 
 def silent(_written: int, _total: int) -> None:
-    """The progress that nobody watches."""
+    """Report no progress."""
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` to write into; it gets that name when the block ends well, else it goes.
+    """Yield a temporary directory beside `target`. It is renamed to `target` when the block succeeds, and deleted when it fails.
 
     Raises:
         FileFormatError: `target` exists, or its parent cannot be written.
     """
     refuse_existing(target)
-    _tell_left_over(target)
+    _warn_of_left_over(target)
     made = [path for path in target.absolute().parents if not path.exists()]
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -55,12 +55,12 @@ def new_directory(target: Path) -> Iterator[Path]:
                 what = f"{os.fsdecode(error.filename)}: cannot be read"
             raise FileFormatError(f"{what}: {error.strerror or error}; nothing was left behind") from error
         raise
-    with suppress(OSError):  # some file systems cannot sync a directory; what is in it is synced
+    with suppress(OSError):  # some file systems cannot sync a directory; its files are synced already
         _sync(target.absolute().parent)
 
 
 def _remove(directory: Path) -> None:
-    """Also if the user is impatient: another interrupt comes through only when it is gone."""
+    """Delete `directory`, and let a second interrupt through only afterwards."""
     try:
         shutil.rmtree(directory, ignore_errors=True)
     except BaseException:
@@ -69,48 +69,51 @@ def _remove(directory: Path) -> None:
 
 
 def check_space(target: Path, needed: int) -> None:
-    """
+    """Check that the disk of `target` has `needed` bytes free.
+
     Raises:
-        FileFormatError: the disk of `target` has less than `needed` bytes free.
+        FileFormatError: it has less.
     """
     if problem := space_problem(target, needed):
-        raise FileFormatError(f"{target}: {problem}; free some, choose another output, or leave out the undo record (--no-undo)")
+        raise FileFormatError(f"{target}: {problem}; free some, choose another output, or write no undo record (--no-undo)")
 
 
 def space_problem(target: Path, needed: int) -> str:
-    """Says so if the disk of `target` has less than `needed` bytes free; else empty."""
+    """Return the problem if the disk of `target` has less than `needed` bytes free, else an empty string."""
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     return f"the disk has {free:,} bytes free, and the result takes about {needed:,}" if free < needed else ""
 
 
-def _tell_left_over(target: Path) -> None:
-    """A run that was killed could not clean up after itself."""
+def _warn_of_left_over(target: Path) -> None:
+    """Warn of directories of killed runs, which could not clean up after themselves."""
     for path in sorted(target.absolute().parent.glob(f".{glob.escape(target.name)}.*.partial")):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         warnings.warn(
-            f"{path}: left there by an interrupted run ({size:,} bytes); unless one is running now, remove it",
+            f"{path}: left over from an interrupted run ({size:,} bytes); delete it if no merge is running",
             TorchgraftWarning,
             stacklevel=4,
         )
 
 
 def refuse_existing(target: Path) -> None:
-    """
+    """Check that nothing exists at `target`.
+
     Raises:
-        FileFormatError: something is there already.
+        FileFormatError: something does.
     """
     if target.exists() or target.is_symlink():
-        raise FileFormatError(f"{target}: exists already; choose another output, or remove it first")
+        raise FileFormatError(f"{target}: exists already; choose another output, or delete it first")
 
 
 def refuse_inside(target: Path, source: Path) -> None:
-    """
+    """Check that `target` is not inside the directory `source`.
+
     Raises:
-        FileFormatError: `target` would be a part of the directory `source`.
+        FileFormatError: it is.
     """
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
-        raise FileFormatError(f"{target}: lies inside {source}, which is not to be changed; choose another output")
+        raise FileFormatError(f"{target}: inside {source}, which must not change; choose another output")
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -152,16 +155,20 @@ def _umask() -> int:
 
 
 def copy_into(source: Path, target: Path) -> None:
-    """Copy one file (the content of a link) and its mode, with the directories above it."""
+    """Copy one file (of a link, its content) and its mode, and create the parent directories."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
-    """The JSON object in `path`."""
+    """Return the JSON object in `path`; with `missing_ok`, an empty one if there is no such file.
+
+    Raises:
+        FileFormatError: the file is missing, not a regular file or not a JSON object.
+    """
     try:
         if path.exists() and not path.is_file():
-            raise FileFormatError(f"{path}: not a regular file")  # a pipe would be waited for
+            raise FileFormatError(f"{path}: not a regular file")  # reading a pipe would block
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
         if missing_ok:
@@ -175,5 +182,6 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
 
 
 def leaves_directory(name: str) -> bool:
+    """Whether the relative path `name`, read from a file, leads out of its directory."""
     path = PurePosixPath(name.replace("\\", "/"))
     return path.is_absolute() or ".." in path.parts or ":" in name or "\0" in name

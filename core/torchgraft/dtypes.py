@@ -1,4 +1,4 @@
-"""Names and sizes of data types, without torch. Names are torch's ("bfloat16"), codes are safetensors' ("BF16")."""
+"""Names and sizes of data types, without torch: torch's names ("bfloat16") and safetensors' codes ("BF16")."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SIZES = {
 """Bytes per element."""
 
 ADAPTABLE = frozenset({"float64", "float32", "float16", "bfloat16"})
-"""A weight of these types is its own value; a narrower one needs scales that are kept elsewhere."""
+"""Dtypes whose stored values are the weights themselves; narrower ones need scales that are stored elsewhere."""
 
 
 def name_of(dtype: torch.dtype) -> str:

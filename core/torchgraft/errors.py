@@ -1,4 +1,4 @@
-"""What can go wrong. Every message says where, what was expected and found, and what to do."""
+"""The error classes. Every message states the layer or file, what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class TorchgraftError(Exception):
-    """A mistake in the input. The command line shows it as one line and exits with 2."""
+    """The input is invalid. The command line prints the message as one line and exits with 2."""
 
 
 class SelectionError(TorchgraftError):
@@ -18,15 +18,15 @@ class ConfigError(TorchgraftError):
 
 
 class PluginError(TorchgraftError):
-    """A plugin cannot be found, loaded or trusted with a name."""
+    """A plugin cannot be found or loaded, breaks a rule, or has a name that is taken."""
 
 
 class FileFormatError(TorchgraftError):
-    """A file is not what its format says it must be."""
+    """A file is missing or does not follow its format."""
 
 
 class PairingError(TorchgraftError):
-    """An adapter does not fit a base. `problems` lists every reason that was found."""
+    """An adapter does not fit a base. `problems` lists every reason."""
 
     def __init__(self, message: str, problems: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -38,20 +38,20 @@ class AttachError(TorchgraftError):
 
 
 class MergeError(TorchgraftError):
-    """A merge or unmerge is refused; the weights are as they were."""
+    """A merge or unmerge is refused; the weights are unchanged."""
 
 
 class ConformanceError(TorchgraftError, AssertionError):
-    """A plugin's method does not do what it claims. The message is the whole report."""
+    """A method fails the conformance kit. The message is the whole report."""
 
 
 class TorchgraftWarning(UserWarning):
-    """Allowed, but probably not what is wanted."""
+    """Something is allowed, but probably not intended."""
 
 
 def near(query: str, names: Iterable[str]) -> str:
-    """ "; near names: …" with up to three of `names` that resemble `query`, or nothing."""
-    import difflib  # for what goes wrong alone: not at start-up
+    """Return "; near names: …" with up to three of `names` that resemble `query`, or an empty string."""
+    import difflib  # only needed for error messages: not at start-up
 
     found = difflib.get_close_matches(query, sorted(set(names)), n=3, cutoff=0.5)
     return f"; near names: {', '.join(found)}" if found else ""

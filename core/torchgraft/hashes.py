@@ -1,4 +1,4 @@
-"""Every SHA-256 of the project: of bytes, of a file, of a tensor."""
+"""SHA-256 of bytes, of a file and of a tensor: every hash of the project."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_tensor(tensor: Tensor) -> str:
-    """SHA-256 of the tensor's bytes in row-major order."""
+    """Return the SHA-256 of the tensor's bytes in row-major order."""
     return hashlib.sha256(as_bytes(tensor)).hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in row-major order; without a copy if it lies so on the CPU."""
+    """Return the tensor's bytes in row-major order, without a copy if it is contiguous and on the CPU."""
     import torch
 
     return row_major(tensor).view(torch.uint8).numpy().reshape(-1).data if tensor.numel() else memoryview(b"")
 
 
 def row_major(tensor: Tensor) -> Tensor:
-    """On the CPU and in row-major order. Each call of torch hands the interpreter to another thread, so none is made in vain."""
+    """Return the tensor on the CPU and contiguous. It calls torch only where needed, because each call may switch threads."""
     if tensor.requires_grad or tensor.device.type != "cpu" or not tensor.is_contiguous():
         tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.ndim else tensor.reshape(1)

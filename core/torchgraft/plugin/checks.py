@@ -1,4 +1,4 @@
-"""pluggy's manager, and what is looked at before a plugin is let in."""
+"""Create pluggy's manager, and check a plugin before it is registered."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torchgraft.method.method import Method
 from torchgraft.plugin import hookspecs
 from torchgraft.plugin.info import PluginInfo
 
-GIVES = ("adapter_method", "layer_kind", "register_commands")
-"""The hooks by which a plugin gives something; by the others a method works."""
+PROVIDING_HOOKS = ("adapter_method", "layer_kind", "register_commands")
+"""The hooks with which a plugin provides something new; the other hooks belong to a method."""
 
 
 class _Manager(pluggy.PluginManager):
-    """Calls a method's own implementation last: its result ends the call, and observers are to see every call."""
+    """Call a method's own implementation last, because its result ends the call and observers must see every call."""
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> Any:
         options = super().parse_hookimpl_opts(plugin, name)
@@ -40,24 +40,28 @@ def own_hooks(manager: pluggy.PluginManager, plugin: object) -> dict[str, pluggy
 
 
 def check_hooks(plugin: object, name: str) -> None:
-    """Try the plugin on a manager of its own: pluggy leaves a plugin half registered when a signature is wrong."""
+    """Register the plugin with a manager of its own first, because pluggy leaves a plugin half registered if a signature is wrong.
+
+    Raises:
+        PluginError: a hook or its signature is unknown, or the plugin cannot be hashed.
+    """
     trial = new_manager()
     try:
         hash(plugin)
     except TypeError as error:
-        raise PluginError(f"it cannot be kept in a set ({error}); a dataclass needs eq=False") from None
+        raise PluginError(f"it is not hashable ({error}); a dataclass needs eq=False") from None
     try:
         trial.register(plugin, name)
         trial.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(" ".join(str(error).split()) + _takes(trial, str(error))) from None
+        raise PluginError(" ".join(str(error).split()) + _expected_arguments(trial, str(error))) from None
     for hook, impl in own_hooks(trial, plugin).items():
-        if hook in GIVES and (impl.wrapper or impl.hookwrapper):
-            raise PluginError(f"it wraps {hook}, which gives something new and is not wrapped")
+        if hook in PROVIDING_HOOKS and (impl.wrapper or impl.hookwrapper):
+            raise PluginError(f"it wraps {hook}, which cannot be wrapped because it provides something new")
 
 
-def _takes(trial: pluggy.PluginManager, error: str) -> str:
-    """The arguments of the hook that `error` is about; of one that does not exist, near names."""
+def _expected_arguments(trial: pluggy.PluginManager, error: str) -> str:
+    """Return what to add to pluggy's `error`: the arguments of the hook that it names, or near names of an unknown hook."""
     callers = [caller for caller in vars(trial.hook).values() if isinstance(caller, pluggy.HookCaller)]
     known = {caller.name: caller.spec for caller in callers if caller.spec is not None}
     quoted = re.findall(r"'(\w+)'", error)
@@ -67,10 +71,10 @@ def _takes(trial: pluggy.PluginManager, error: str) -> str:
     return near(quoted[0], known) if "unknown hook" in error and quoted else ""
 
 
-def let_observe(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> None:
-    """The hooks of a plugin without a method must return nothing, unless they wrap: the first result ends a call."""
+def only_observe(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> None:
+    """Make sure that hooks of a plugin without a method return nothing unless they wrap, because the first result ends a call."""
     for name, impl in own.items():
-        if name not in GIVES and not (impl.wrapper or impl.hookwrapper):
+        if name not in PROVIDING_HOOKS and not (impl.wrapper or impl.hookwrapper):
             impl.function = partial(  # type: ignore[misc]
                 _observe, impl.function, f"the plugin {info}: {name}"
             )
@@ -78,7 +82,7 @@ def let_observe(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> None:
 
 def _observe(function: Callable[..., Any], where: str, *arguments: Any) -> None:
     if function(*arguments) is not None:
-        raise PluginError(f"{where} returned something, which would take the place of the method's; to change it, use wrapper=True")
+        raise PluginError(f"{where} returned something, which would replace the method's result; to change that, use wrapper=True")
 
 
 def _only_bias(own: Mapping[str, pluggy.HookImpl]) -> bool:
@@ -86,10 +90,15 @@ def _only_bias(own: Mapping[str, pluggy.HookImpl]) -> bool:
 
 
 def method_of(own: Mapping[str, pluggy.HookImpl], info: PluginInfo) -> Method:
+    """Return the method of a plugin.
+
+    Raises:
+        PluginError: a required hook is missing, or `adapter_method` does not return a `Method` of the entry point's name.
+    """
     needed = hookspecs.METHOD_HOOKS[:2] if _only_bias(own) else hookspecs.METHOD_HOOKS
     missing = [name for name in needed if name not in own]
     if missing:
-        raise PluginError(f"it has an adapter_method but not {', '.join(missing)}")
+        raise PluginError(f"it has adapter_method but not {', '.join(missing)}")
     method = own["adapter_method"].function()
     if not isinstance(method, Method):
         raise PluginError(f"its adapter_method returned a {type(method).__name__}, not a torchgraft.Method")

@@ -1,4 +1,4 @@
-"""What the metadata of an installed distribution say of a plugin, before it is loaded."""
+"""Read what an installed distribution's metadata states about a plugin, without loading the plugin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DISTRIBUTION = "torchgraft"
 
 @dataclass(frozen=True)
 class PluginInfo:
-    """One plugin, loaded or not. `error` says why it cannot be used."""
+    """One plugin, loaded or not. `error` is the reason why it cannot be used, or empty."""
 
     name: str
     distribution: str
@@ -27,8 +27,8 @@ class PluginInfo:
 
     @property
     def way_out(self) -> str:
-        """What a user can do about the error."""
-        return f"update or uninstall {self.distribution}, or leave it out: TORCHGRAFT_PLUGINS lists those that may load"
+        """What the user can do about the error."""
+        return f"update or uninstall {self.distribution}, or set TORCHGRAFT_PLUGINS to the plugins that may be loaded"
 
 
 def info_of(point: EntryPoint) -> PluginInfo:
@@ -37,10 +37,10 @@ def info_of(point: EntryPoint) -> PluginInfo:
 
 
 def check_version(point: EntryPoint) -> None:
-    """pip lets one distribution be updated without another that needs its old version.
+    """Check that the plugin's distribution accepts this version of torchgraft; pip can upgrade one without the other.
 
     Raises:
-        PluginError: the plugin's distribution requires another version of this one.
+        PluginError: it requires another version.
     """
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
@@ -54,11 +54,12 @@ def check_version(point: EntryPoint) -> None:
 
 
 def bundled_first(point: EntryPoint) -> tuple[bool, str, str]:
+    """Sort key: the bundled plugins, then by name and distribution."""
     distribution = info_of(point).distribution
     return (distribution != DISTRIBUTION, point.name, distribution)
 
 
-def taken(info: PluginInfo, holder: PluginInfo) -> str:
+def name_taken(info: PluginInfo, holder: PluginInfo) -> str:
     return f"the name {info.name!r} of {info} is taken by {holder}"
 
 

@@ -1,4 +1,4 @@
-"""One method's hooks as typed calls."""
+"""Call the hooks of one method through typed functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Forward = Callable[..., "Tensor"]
 
 
 class MethodHooks:
-    """The hooks of one method as plain, typed calls."""
+    """The hooks of one method as plain, typed functions. Observers and wrappers of other plugins run with them."""
 
     def __init__(self, method: Method, own: Mapping[str, pluggy.HookImpl], caller: Callable[[str], pluggy.HookCaller]) -> None:
         self.method = method
@@ -38,7 +38,7 @@ class MethodHooks:
         return hook in self._own
 
     def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
-        """Of the tensors that `init` returns, without making them if the method can tell."""
+        """Return the shapes of the tensors that `init` creates, from `adapter_shapes` or by running `init` on the meta device."""
         shapes: dict[str, Shape] | None = self._caller("adapter_shapes")(site=site, config=config)
         if shapes is not None:
             return shapes
@@ -66,13 +66,13 @@ class MethodHooks:
         return tensors
 
     def shared(self, sites: Sequence[Site], config: Any) -> dict[str, Tensor]:
-        """Empty if the method has none."""
+        """Return the tensors that all sites share; empty if the method has no `adapter_shared`."""
         if not self.has("adapter_shared"):
             return {}
         return self._named("adapter_shared", self._caller("adapter_shared")(sites=sites, config=config))
 
     def _named(self, hook: str, tensors: Any) -> dict[str, Tensor]:
-        """What a hook returned, which is a dict of tensors."""
+        """Check that `tensors`, returned by `hook`, is a dict of tensors."""
         import torch
 
         if isinstance(tensors, dict) and all(isinstance(one, torch.Tensor) and "." not in name for name, one in tensors.items()):
@@ -81,7 +81,7 @@ class MethodHooks:
 
     @cached_property
     def forward(self) -> Forward:
-        """The plugin's own function, unless another plugin observes or wraps it: no pluggy in the hot path."""
+        """The plugin's own function, so that pluggy is not in the hot path; through pluggy only if another plugin observes or wraps it."""
         caller, own = self._caller("adapter_forward"), self._own["adapter_forward"]
         if len(caller.get_hookimpls()) > 1:
             return lambda *args: caller(**dict(zip(FORWARD_ARGUMENTS, args, strict=True)))
@@ -93,13 +93,13 @@ class MethodHooks:
 
     @property
     def merges_rows(self) -> bool:
-        """Whether merge and unmerge can be given blocks of rows."""
+        """Whether merge and unmerge accept blocks of rows."""
         names = ("adapter_merge", "adapter_unmerge", "adapter_undo")
         return all("rows" in self._own[name].argnames for name in names if name in self._own)
 
     @property
     def merges_weight(self) -> bool:
-        """Whether a merge changes weights, and not biases alone."""
+        """Whether a merge changes weights, and not only biases."""
         return self.has("adapter_merge")
 
     def merge(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -113,7 +113,7 @@ class MethodHooks:
         return self._alike(weight, "adapter_unmerge", config=config, params=params, weight=weight, rows=rows)
 
     def _alike(self, like: Tensor, hook: str, **arguments: Any) -> Tensor:
-        """What the hook returns, which has the shape of `like`: another would be broadcast somewhere, and be wrong without a word."""
+        """Call the hook, and check that its result has the shape of `like`, because another shape could be broadcast silently."""
         result: Tensor = self._caller(hook)(**arguments)
         if getattr(result, "shape", None) != like.shape:
             found = f"a tensor of shape {list(result.shape)}" if hasattr(result, "shape") else repr(result)
@@ -128,7 +128,7 @@ class MethodHooks:
         return self._alike(bias, "adapter_merge_bias", config=config, params=params, bias=bias)
 
     def undo(self, config: Any, params: Mapping[str, Tensor], weight: Tensor, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Empty if the method needs nothing."""
+        """Return what `adapter_unmerge` will need; empty if the method has no `adapter_undo`."""
         tensors: dict[str, Tensor] | None = self._caller("adapter_undo")(config=config, params=params, weight=weight, rows=rows)
         return tensors or {}
 

@@ -1,7 +1,7 @@
-"""The plugins: found through the entry-point group "torchgraft", loaded one at a time, never in each other's way.
+"""Find plugins through the entry-point group "torchgraft", load them one at a time, and call them through pluggy.
 
-The name of an entry point is the name of its method. `TORCHGRAFT_PLUGINS=a,b` lets only those plugins of other
-distributions load (empty: none of them); `TORCHGRAFT_STRICT=1` makes a plugin that fails fatal.
+The name of an entry point is the name of its method. `TORCHGRAFT_PLUGINS=a,b` allows only those third-party plugins (empty: none);
+`TORCHGRAFT_STRICT=1` makes the failure of any plugin fatal. Otherwise a plugin that fails affects no other.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torchgraft.errors import PluginError, TorchgraftWarning, near
 from torchgraft.kinds import dense, quantized
 from torchgraft.kinds.kind import Kind
 from torchgraft.method.method import Method
-from torchgraft.plugin.checks import check_hooks, let_observe, method_of, new_manager, own_hooks
-from torchgraft.plugin.info import DISTRIBUTION, PluginInfo, bundled_first, check_version, info_of, is_allowed, is_strict, taken
+from torchgraft.plugin.checks import check_hooks, method_of, new_manager, only_observe, own_hooks
+from torchgraft.plugin.info import DISTRIBUTION, PluginInfo, bundled_first, check_version, info_of, is_allowed, is_strict, name_taken
 from torchgraft.plugin.method_hooks import MethodHooks
 
 GROUP = "torchgraft"
-BUILTIN_KINDS = (*quantized.KINDS, *dense.KINDS)  # the quantised linears first: they are subclasses of nn.Linear
+BUILTIN_KINDS = (*quantized.KINDS, *dense.KINDS)  # the quantized ones first, because they are subclasses of nn.Linear
 
 
 class Registry:
-    """The manager of plugins: pluggy behind typed methods.
+    """The plugin manager: pluggy behind typed methods.
 
     Args:
-        points: the entry points to use; by default those of the installed distributions.
+        points: the entry points to use; by default, those of the installed distributions.
     """
 
     def __init__(self, points: Iterable[EntryPoint] | None = None) -> None:
@@ -42,33 +42,33 @@ class Registry:
         self._points: dict[str, EntryPoint] = {}
         self._methods: dict[str, Method] = {}
         self._kinds: dict[str, Kind] = {}
-        """By plugin."""
+        """Plugin → its kind."""
         self._tried: set[str] = set()
-        """The plugins whose kind has named its class of layer."""
+        """The plugins whose kind has been asked for its module class."""
         self._callers: dict[tuple[str, str], pluggy.HookCaller] = {}
         self._refused: list[PluginInfo] = []
-        self._left_out: set[str] = set()
-        """Names that TORCHGRAFT_PLUGINS does not let load."""
+        self._disallowed: set[str] = set()
+        """Names that TORCHGRAFT_PLUGINS does not allow."""
         for point in sorted(entry_points(group=GROUP) if points is None else points, key=bundled_first):
             self._discover(point)
 
     def plugins(self) -> list[PluginInfo]:
-        """All plugins, after an attempt to load each."""
+        """Try to load every plugin, and return them all."""
         for name in list(self._points):
             self._try_load(name)
         return [*self._infos.values(), *self._refused]
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plugin that is at hand as a module or an object, without an entry point.
+        """Register a module or an object as a plugin, without an entry point.
 
         Raises:
             PluginError: the name is taken, or the plugin's hooks do not fit the specifications.
         """
         info = PluginInfo(name, "(registered by hand)", "", getattr(plugin, "__name__", type(plugin).__name__))
         if name in self._infos:
-            raise PluginError(taken(info, self._infos[name]))
+            raise PluginError(name_taken(info, self._infos[name]))
         if self._manager.is_registered(plugin):
-            raise PluginError(f"{info}: it is registered already, as {self._manager.get_name(plugin)!r}")
+            raise PluginError(f"{info}: already registered as {self._manager.get_name(plugin)!r}")
         self._add(plugin, info)
         self._infos[name] = info
 
@@ -79,10 +79,10 @@ class Registry:
         del self._infos[name]
 
     def method(self, name: str) -> Method:
-        """The method called `name`. Loads that plugin and no other.
+        """Return the method called `name`; loads only that plugin.
 
         Raises:
-            PluginError: there is no such plugin, it has no method, or it cannot be loaded.
+            PluginError: no such plugin is installed, it has no method, or it cannot be loaded.
         """
         info = self.info(name)
         if name not in self._methods:
@@ -90,12 +90,12 @@ class Registry:
         return self._methods[name]
 
     def info(self, name: str) -> PluginInfo:
-        """Of the plugin `name`, which is loaded.
+        """Load the plugin `name`, and return its information.
 
         Raises:
-            PluginError: there is no such plugin, or it cannot be loaded.
+            PluginError: no such plugin is installed, or it cannot be loaded.
         """
-        if name in self._left_out and name not in self._infos:
+        if name in self._disallowed and name not in self._infos:
             raise PluginError(f"the plugin {name!r} is installed, and left out by TORCHGRAFT_PLUGINS; add it there, or unset that")
         if name not in self._infos:
             raise PluginError(f"there is no plugin {name!r}{near(name, self._infos)}; 'adapt plugins list' shows those installed")
@@ -106,49 +106,49 @@ class Registry:
         return info
 
     def provides(self, name: str) -> tuple[str, ...]:
-        """The hooks that the plugin `name` implements or wraps, sorted; none if it cannot be loaded."""
+        """Return the names of the hooks that the plugin `name` implements or wraps, sorted; none if it cannot be loaded."""
         plugin = self._manager.get_plugin(name)
         return tuple(sorted(own_hooks(self._manager, plugin))) if plugin is not None else ()
 
     def kind_of_plugin(self, name: str) -> Kind | None:
-        """The kind of layer that the plugin `name` brings, if it is loaded and brings one."""
+        """Return the kind of layer that the plugin `name` adds, if it is loaded and adds one."""
         return self._kinds.get(name)
 
     def implementations(self, hook: str) -> list[tuple[PluginInfo, Callable[..., Any]]]:
-        """Each plugin's own function for `hook`, to be called one by one where the one that fails is to be named.
+        """Return each plugin and its own function for `hook`, so that the caller can name the plugin that fails.
 
-        The bundled plugins are not loaded for it.
+        The bundled plugins are not loaded.
         """
         self._load_all(lambda info: info.distribution != DISTRIBUTION)
         found = ((self._infos[impl.plugin_name], impl) for impl in getattr(self._manager.hook, hook).get_hookimpls())
         return [(info, partial(_call, impl)) for info, impl in found]
 
     def methods(self) -> list[Method]:
-        """Every method that can be loaded."""
+        """Return every method that can be loaded."""
         self._load_all()
         return list(self._methods.values())
 
     def hooks(self, name: str) -> MethodHooks:
-        """The hooks of the method `name`, with every observer and wrapper around them."""
+        """Return the hooks of the method `name`, with every observer and wrapper around them."""
         method = self.method(name)
         self._load_all()
         return MethodHooks(method, own_hooks(self._manager, self._manager.get_plugin(name)), partial(self._caller, name))
 
     def kinds(self) -> tuple[Kind, ...]:
-        """Every kind of layer: those of plugins, then the built-in ones."""
+        """Return every kind of layer: those of plugins, then the built-in ones."""
         self._load_all()
         for name in [name for name in self._kinds if name not in self._tried]:
             self._tried.add(name)
             try:
                 self._kinds[name].module_class()
-            except Exception as error:  # noqa: BLE001  (a stranger's code, as in _try_load)
+            except Exception as error:  # noqa: BLE001  (third-party code, as in _try_load)
                 self._manager.unregister(name=name)
                 self._forget(name)
                 self._warn(name, self._failed(name, error))
         return (*self._kinds.values(), *BUILTIN_KINDS)
 
     def kind(self, name: str) -> Kind:
-        """The kind called `name`.
+        """Return the kind called `name`.
 
         Raises:
             PluginError: no plugin provides it.
@@ -161,7 +161,7 @@ class Registry:
         return found
 
     def _caller(self, method: str, hook: str) -> pluggy.HookCaller:
-        """The hook without the other methods' implementations, of those that are registered by now."""
+        """Return the hook without the implementations of the other registered methods."""
         if (method, hook) not in self._callers:
             others = [self._manager.get_plugin(other) for other in self._methods if other != method]
             self._callers[method, hook] = self._manager.subset_hook_caller(hook, others)
@@ -170,7 +170,7 @@ class Registry:
     def _discover(self, point: EntryPoint) -> None:
         info = info_of(point)
         if info.distribution != DISTRIBUTION and not is_allowed(point.name):
-            self._left_out.add(point.name)
+            self._disallowed.add(point.name)
             return
         if (holder := self._infos.get(point.name)) is not None:
             self._refuse(info, holder)
@@ -179,12 +179,12 @@ class Registry:
         self._points[point.name] = point
 
     def _refuse(self, info: PluginInfo, holder: PluginInfo) -> None:
-        """A bundled name stays with its owner; of two strangers, neither gets it."""
+        """Refuse a name that is taken: a bundled plugin keeps it, and of two third-party plugins neither gets it."""
         if is_strict():
-            raise PluginError(taken(info, holder))
-        self._refused.append(replace(info, error=taken(info, holder)))
+            raise PluginError(name_taken(info, holder))
+        self._refused.append(replace(info, error=name_taken(info, holder)))
         if holder.distribution != DISTRIBUTION:
-            self._infos[info.name] = replace(holder, error=taken(holder, info))
+            self._infos[info.name] = replace(holder, error=name_taken(holder, info))
             self._points.pop(info.name, None)
 
     def _load_all(self, which: Callable[[PluginInfo], bool] = lambda info: True) -> None:
@@ -200,21 +200,21 @@ class Registry:
         warnings.warn(f"the plugin {info} is left out: {error}; {info.way_out}", TorchgraftWarning, stacklevel=4)
 
     def _try_load(self, name: str) -> str:
-        """Load one plugin once; returns the error, if there was one just now."""
+        """Load one plugin once; return the error, if loading failed now."""
         point = self._points.pop(name, None)
         if point is None:
             return ""
         info = self._infos[name]
         try:
             check_version(point)
-            with redirect_stdout(sys.stderr):  # what a stranger prints is no part of what a command answers
+            with redirect_stdout(sys.stderr):  # what a plugin prints at import must not mix with a command's output
                 self._add(point.load(), info)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a stranger's module does on import stays its own problem)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (third-party code: a failing import must affect only this plugin)
             return self._failed(name, error)
         return ""
 
     def _failed(self, name: str, error: BaseException) -> str:
-        """Note that the plugin cannot be used; returns why."""
+        """Record that the plugin cannot be used; return the reason."""
         info = self._infos[name]
         message = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         self._infos[name] = replace(info, error=message)
@@ -231,7 +231,7 @@ class Registry:
             if "adapter_method" in own:
                 self._methods[info.name] = method_of(own, info)
             else:
-                let_observe(own, info)
+                only_observe(own, info)
             if "layer_kind" in own:
                 self._kinds[info.name] = self._kind_of(own["layer_kind"], info)
         except Exception:
@@ -240,7 +240,7 @@ class Registry:
             raise
 
     def _forget(self, name: str) -> None:
-        """What was kept of a plugin that is no longer registered."""
+        """Drop everything recorded about a plugin that is no longer registered."""
         self._callers.clear()
         self._methods.pop(name, None)
         self._kinds.pop(name, None)
@@ -258,7 +258,7 @@ class Registry:
 
 @cache
 def registry() -> Registry:
-    """The registry of the installed plugins, made once."""
+    """Return the registry of the installed plugins, created once per process."""
     return Registry()
 
 

@@ -1,4 +1,4 @@
-"""A new plugin as a complete package: what `adapt plugins new` writes."""
+"""Write a new plugin as a complete package (`adapt plugins new`)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def distribution_of(name: str) -> str:
 
 
 def new_plugin(name: str, directory: str | Path) -> list[Path]:
-    """Write the package of a method called `name` to the new `directory`; returns the files in it.
+    """Write the package of a method called `name` to the new `directory`, and return the files in it.
 
-    It holds a working low-rank method to start from, and tests that run the conformance kit.
+    The package contains a working low-rank method to start from, and tests that run the conformance kit.
 
     Raises:
-        PluginError: the name cannot be a method's, or is taken.
+        PluginError: the name is not valid or is taken.
         FileFormatError: the directory exists.
     """
     if not NAME.fullmatch(name):
         raise PluginError(
-            f"{name!r} cannot be the name of a method: it takes small letters and digits, a letter first, with single _ between"
+            f"{name!r} cannot be the name of a method: use lowercase letters and digits, a letter first, with single _ between"
         )
     taken = next((info for info in registry().plugins() if info.name == name), None)
     if taken is not None:
@@ -63,6 +63,6 @@ def new_plugin(name: str, directory: str | Path) -> list[Path]:
 
 
 def _requirement(version: str) -> str:
-    """This minor version: before 1.0 the hooks can change with each."""
+    """Return a requirement for this minor version, because before 1.0 the hooks can change with each one."""
     major, minor, *_ = map(int, re.findall(r"\d+", version))
     return f"torchgraft>={major}.{minor},<{major}.{minor + 1}"

@@ -1,4 +1,4 @@
-"""The tensors that all sites of an adapter share (hook adapter_shared)."""
+"""Tensors that all sites of an adapter share (hook `adapter_shared`)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torchgraft.plugin.method_hooks import MethodHooks
 
 
 class SharedTensors:
-    """As they were made, on the CPU, and one copy for each device and dtype that the tensors of sites have.
+    """The shared tensors on the CPU, and a copy for each device and dtype of the sites' own tensors.
 
-    They are no buffers: moving or casting one layer must not move them under the others, and what is on the meta device must
-    come back with its values.
+    They are not registered as buffers, because moving or casting one layer must not move the tensors that other layers use, and a
+    model on the meta device must not lose their values.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -28,7 +28,7 @@ class SharedTensors:
         return iter(self._made)
 
     def like(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """On the device, and in the dtype, of a site's own tensors."""
+        """Return the tensors on the device and in the dtype of a site's `own` tensors."""
         first = next((tensor for tensor in own.values() if tensor.is_floating_point()), None)
         if first is None or not self._made:
             return self._made
@@ -40,16 +40,17 @@ class SharedTensors:
         return self._copies[key]
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each, for they are not saved, and must be the same when they are made again."""
+        """Return the SHA-256 of each tensor. The tensors are not saved; these hashes show whether a later run creates the same ones."""
         return {name: sha256_of_tensor(tensor) for name, tensor in self._made.items()}
 
     def __deepcopy__(self, memo: Any) -> SharedTensors:
-        return self  # nobody changes them
+        return self  # they never change
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_made": self._made, "_copies": {}}
 
 
 def make_shared(hooks: MethodHooks, sites: Sequence[Site], config: Any) -> SharedTensors:
+    """Call the method's `adapter_shared` on the CPU."""
     with torch.device("cpu"):
         return SharedTensors(hooks.shared(sites, config))
