@@ -1,1 +1,1 @@
-"""The bundled methods: one module each, written with the public names of torchgraft alone."""
+"""The bundled methods, one module or package each. They import only public names of torchgraft."""

@@ -1,15 +1,15 @@
-"""DoRA (Liu et al. 2024, arXiv 2402.09353): the weight as magnitude and direction; LoRA turns the direction.
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): the weight is split into magnitude and direction, and LoRA changes the direction.
 
-    W' = m · (W₀ + s·B·A) / ‖W₀ + s·B·A‖        m (out,), one magnitude and one norm for each output row
+    W' = m · (W₀ + s·B·A) / ‖W₀ + s·B·A‖        m (out,): one magnitude and one norm per output row
 
-m starts at ‖W₀‖, so that training starts at the pretrained model. As in the paper's §4.3 the norm gets no gradient.
+m starts at ‖W₀‖, so that training starts from the pretrained model. As in the paper's §4.3, the norm is detached from the graph.
 Neither B·A nor W' is ever built in forward: with V = W₀ + s·B·A and g = m / ‖V‖,
 
     h = g·(W₀·x + s·B·A·x)
     ‖V‖² = ‖W₀‖² + 2s·⟨W₀·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩        row by row
 
-With dropout, all of the change sees the dropped input, as in the authors' code: h = W₀·x + (W' - W₀)·drop(x). A row of W₀
-that is all zero has no direction; g is 1 there until V has one, so that B can train.
+With dropout, the whole change sees the dropped input, as in the authors' code: h = W₀·x + (W' - W₀)·drop(x). A row of W₀
+that is all zero has no direction; there g = 1 until V has one, so that B can train.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class DoraPeft(tg.LowRankPeft):
-    """PEFT's LORA type with use_dora: a further tensor lora_magnitude_vector, (out,), or (1, out, 1…) for a convolution."""
+    """PEFT's LORA type with use_dora: one more tensor, lora_magnitude_vector, of shape (out,), or (1, out, 1…) for a convolution."""
 
     def document(self, sites: Sequence[tuple[tg.Site, tg.LowRankConfig]], default: tg.LowRankConfig) -> dict[str, Any]:
         return {**super().document(sites, default), "use_dora": True}
@@ -57,7 +57,7 @@ def adapter_method() -> tg.Method:
     return tg.Method(
         name="dora",
         config=tg.LowRankConfig,
-        summary="trains magnitude and direction of each weight row apart, the direction by LoRA",
+        summary="trains the magnitude and, by LoRA, the direction of each weight row",
         reference="https://arxiv.org/abs/2402.09353",
         buffers=frozenset({"A0", "B0"}),
         roles={"A": "A", "B": "B", "m": "magnitude"},
@@ -73,7 +73,7 @@ def adapter_shapes(site: tg.Site, config: tg.LowRankConfig) -> dict[str, tuple[i
 
 @hookimpl
 def adapter_init(site: tg.Site, config: tg.LowRankConfig, generator: Generator) -> dict[str, Tensor]:
-    """m stays in float32 (float64) whatever the config's dtype: rounded, the start would not be the pretrained model."""
+    """Create A, B and m. m is in float32 (float64) whatever the config's dtype, because a rounded m would change the model's output."""
     factors = tg.init_factors(site, config, generator)
     weight = site.weight()
     return {**factors, "m": _squared_norm(weight).sqrt().to(factors["A"].device, weight.dtype)}
@@ -85,7 +85,7 @@ def adapter_forward(
 ) -> Tensor:
     a, b = tg.factors(params)
     dropped = site.dropout(x, config.dropout)
-    if dropped is x:  # an Embedding's too: of its input nothing can be dropped, but of what is looked up in A
+    if dropped is x:  # also for an Embedding: its input cannot be dropped, only the columns looked up in A
         stored = site.weight_for_product(x, base)
         return site.low_rank(x, base, a, b, config.scale, config.dropout, _gain(site, config, params, stored), stored)
     h, g, plain = base(x), site.broadcast(_gain(site, config, params)), base(dropped)
@@ -103,7 +103,7 @@ def adapter_merge(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight
 
 @hookimpl
 def adapter_undo(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> dict[str, Tensor]:
-    """‖V‖: it was divided by, and W' does not tell it."""
+    """Return ‖V‖, by which the merge divided and which W' does not contain."""
     return {"norm": _squared_norm(_direction(config, params, weight, rows)).sqrt()}
 
 
@@ -120,28 +120,28 @@ def adapter_param_groups(adapter: tg.Adapter, lr: float, weight_decay: float) ->
 
 
 def _direction(config: tg.LowRankConfig, params: Mapping[str, Tensor], weight: Tensor, rows: slice) -> Tensor:
-    """V = W₀ + s·B·A, of the rows `rows`."""
+    """Return the rows `rows` of V = W₀ + s·B·A."""
     a, b = tg.factors(params)
     return weight.addmm(b[rows], a, alpha=config.scale)
 
 
 def _gain(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], stored: Tensor | None = None) -> Tensor:
-    """g = m / ‖V‖ (out,), with a gradient for m alone."""
+    """Return g = m / ‖V‖ (out,), with a gradient only for m."""
     tensors = [*params.values(), *site.weight_tensors()]
     return site.cached(f"gain at {config.scale}", tensors, lambda: _ratio(params["m"], _norm(site, config, params, stored)))
 
 
 def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor], stored: Tensor | None = None) -> Tensor:
-    """‖W₀ + s·B·A‖ by row, without building B·A.
+    """Return ‖W₀ + s·B·A‖ per row, without building B·A.
 
     Args:
-        stored: the stored weight W₀, if it is at hand.
+        stored: the stored weight W₀, if it is already loaded.
     """
     import torch
 
     s, wide = config.scale, torch.promote_types(params["m"].dtype, torch.float32)
     a, b = (factor.detach().to(wide) for factor in tg.factors(params))
-    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # torch has none for meta
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # torch has no autocast for the meta device
         along = torch.cat([rows.to(wide) @ a.T for rows in site.weight_blocks(stored)])
         frozen = site.cached("squared norm", site.weight_tensors(), lambda: torch.cat([*map(_squared_norm, site.weight_blocks(stored))]))
         change = along.addmm(b, a @ a.T, beta=2 * s, alpha=s * s)
@@ -150,7 +150,7 @@ def _norm(site: tg.Site, config: tg.LowRankConfig, params: Mapping[str, Tensor],
 
 
 def _squared_norm(weight: Tensor) -> Tensor:
-    """By row, in float64: m starts as its root, rounded, and every other norm so starts at m to the last bit."""
+    """Return the squared norm of each row, in float64, so that m and every later norm of W₀ round to the same bits."""
     import torch
 
     size = len(weight) if weight.is_meta else 512
@@ -158,11 +158,11 @@ def _squared_norm(weight: Tensor) -> Tensor:
 
 
 def _exact_ratio(m: Tensor, norm: Tensor) -> Tensor:
-    """m / norm in float64, for a merge; 1 where they are the same in float32, the type that m has."""
+    """Return m / norm in float64, for a merge; exactly 1 where both are equal in float32, the dtype of m."""
     return _ratio(m.double(), norm.double()).masked_fill(m.float() == norm.float(), 1)
 
 
 def _ratio(m: Tensor, norm: Tensor) -> Tensor:
-    """m / norm; 1 where the norm is 0."""
+    """Return m / norm; 1 where the norm is 0."""
     zero = norm == 0
     return (m / norm.masked_fill(zero, 1)).masked_fill(zero, 1)

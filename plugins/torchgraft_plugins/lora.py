@@ -2,7 +2,7 @@
 
     h = W₀·x + s·B·A·x        A (r, in), B (out, r), s = α/r
 
-Training starts at the pretrained model, for B = 0. Instead of out·in numbers, r·(out + in) are trained.
+Training starts from the pretrained model, because B = 0. It trains r·(out + in) parameters instead of out·in.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA whose A and B have learning rates of their own.
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with separate learning rates for A and B.
 
     μ_A = α_A·μ₀        μ_B = α_B·μ₀
 
-In a wide network A and B learn equally fast only if B's rate is the larger one: the paper and its authors' code take a
-ratio of about 16, which is the default here. The other way round, α_A > α_B, is `lr_scale_a=16, lr_scale_b=1`.
+In a wide network, A and B learn equally fast only if B has the larger learning rate. The paper and its authors' code use a
+ratio of about 16, which is the default here. The opposite, α_A > α_B, is `lr_scale_a=16, lr_scale_b=1`.
 
-The rates are options of every low-rank method: `lr_scale_b=16` on `dora` is LoRA+ on DoRA. Here they have the paper's
-defaults; all else is LoRA's, and at scales (1, 1) it is LoRA step for step.
+Both scales are options of every low-rank method: `lr_scale_b=16` with `dora` is LoRA+ on DoRA. This method only changes their
+defaults to the paper's; with scales (1, 1) it equals LoRA step for step.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""QLoRA (Dettmers et al. 2023, arXiv 2305.14314): LoRA on a frozen weight in 4 bits.
+"""QLoRA (Dettmers et al. 2023, arXiv 2305.14314): LoRA on a frozen weight that is stored in 4 bits.
 
     h = dequant(W₄)·x + s·B·A·x
 
-W₄ has 4 bits for each weight, NF4 or FP4, and one scale for each block; with double quantisation the scales have 8 bits:
-4.127 bits in all. It is dequantised to `compute_dtype` for each product; A and B stay in 16 or 32 bits (`dtype`).
+W₄ stores 4 bits per weight, NF4 or FP4, and one scale per block. Double quantization stores the scales in 8 bits: 4.127 bits
+per weight in total. W₄ is dequantized to `compute_dtype` for each product; A and B are in 16 or 32 bits (`dtype`).
 
-The selected linear layers are quantised in place, and stay so after `detach`: what they were is no longer there. To
-load a large model without ever having it whole in 16 bits, use `tg.load_quantized`; layers that are 4-bit or 8-bit
-already are left as they are. All but the quantising is LoRA's, and the other methods work on 4-bit layers, too.
+The selected linear layers are quantized in place and stay quantized after `detach`, because their original weights are gone. To
+load a large model without holding all of it in 16 bits, use `tg.load_quantized`. Layers that are already in 4 or 8 bits
+are not changed. Everything except quantization is LoRA's, and the other methods work on 4-bit layers too.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ if TYPE_CHECKING:
 
 
 class QloraConfig(tg.LowRankConfig):
-    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="the 16 values of a weight: quantiles of a normal, or floats of 4 bits")
-    double_quant: bool = Field(True, description="quantise the blocks' scales to 8 bits, too")
-    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="weights that share a scale")
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="what weights are dequantised to in forward")
+    quant_type: Literal["nf4", "fp4"] = Field(
+        "nf4", description="the 16 values that a weight can have: quantiles of a normal distribution, or 4-bit floats"
+    )
+    double_quant: bool = Field(True, description="quantize the scales of the blocks to 8 bits")
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(64, description="number of weights that share a scale")
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="dtype to which weights are dequantized in forward"
+    )
 
     def weight_bits(self) -> float:
         return self.quantization.bits

@@ -1,14 +1,14 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): LoRA whose rank is decided layer by layer, while it trains.
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): LoRA whose ranks are chosen per layer during training.
 
-Two ways to decide it, each in a module of its own:
+There are two allocators, each in a module of its own:
 
-`energy` (the default): the singular values of the update. Every `interval` steps W = B·A = U·Σ·Vᵀ is rebuilt from the
-fewest directions whose dropped share of Σσ² is at most ε; while the validation loss stalls, directions are added.
+`energy` (the default) uses the singular values of the update. Every `interval` steps, B·A = U·Σ·Vᵀ is rebuilt from the
+fewest directions that drop at most a share ε of Σσ²; when the validation loss stalls, directions are added.
 
-`budget`: the paper's. ΔW = s·P·Λ·Q with a diagonal Λ (B is P, E is Λ, A is Q), triplets scored by sensitivity and
-uncertainty, a budget for all layers that falls on a cubic schedule, and a penalty γ·(‖PᵀP - 1‖² + ‖QQᵀ - 1‖²).
+`budget` is the paper's. ΔW = s·P·Λ·Q with a diagonal Λ (B is P, E is Λ, A is Q), triplets are scored by sensitivity and
+uncertainty, one budget for all layers falls on a cubic schedule, and the loss gets a penalty γ·(‖PᵀP - 1‖² + ‖QQᵀ - 1‖²).
 
-In both s is that of the initial rank, and tensors and the optimizer's moments really change their shapes.
+In both, s is that of the initial rank, and tensors and optimizer moments change their shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 SPREAD = 0.02
-"""Standard deviation of P and Q at the start, as in the authors' code."""
+"""Initial standard deviation of P and Q, as in the authors' code."""
 
 
 @hookimpl
@@ -36,7 +36,7 @@ def adapter_method() -> tg.Method:
     return tg.Method(
         name="adalora",
         config=AdaloraConfig,
-        summary="LoRA that decides the rank of each layer while it trains",
+        summary="LoRA that chooses the rank of each layer during training",
         reference="https://arxiv.org/abs/2303.10512",
         roles={"A": "A", "B": "B"},
         additive=True,
@@ -113,7 +113,7 @@ def adapter_step(adapter: tg.Adapter, optimizer: Optimizer, step: int, metrics: 
 
 
 def _factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """A and B whose product is the update: Λ goes with A."""
+    """Return A and B whose product is the update; Λ is multiplied into A."""
     return (params["E"] * params["A"] if "E" in params else params["A"]), params["B"]
 
 

@@ -1,17 +1,17 @@
-"""AdaLoRA's allocator `budget`: the paper's, one budget of triplets (P column, λ, Q row) for all layers.
+"""The allocator `budget` of the AdaLoRA paper: one budget of triplets (P column, λ, Q row) for all layers.
 
     I = |w·∇w|    Ī = β₁·Ī + (1-β₁)·I    U = β₂·U + (1-β₂)·|I - Ī|    s(w) = Ī·U        for each entry w
     Sᵢ = s(λᵢ) + meanⱼ s(Pⱼᵢ) + meanⱼ s(Qᵢⱼ)                                            for each triplet i
     b(t) = b_T + (b₀ - b_T)·(1 - (t - t_i) / (T - t_i - t_f))³                          for t_i ≤ t < T - t_f
 
-The b(t) triplets with the highest scores, over all layers, are kept. The others are parked: they are out of the
-parameters, their I is 0, so their scores decay; should one's score be high enough again, it comes back with λ = 0.
+The b(t) triplets with the highest scores over all layers stay active. The others are parked: they are removed from the
+parameters, and their I is 0, so their scores decay. A triplet whose score becomes high enough again returns with λ = 0.
 
 Differences from the paper:
 - As in the authors' code, `adapter.step` comes after the optimizer's step, so w in I is the updated one.
-- t - t_i stands for the paper's t - t_i - t_f in the schedule, which would start above b₀.
-- The paper masks λ and lets it train until the next decision, so that it can win its place back by a gradient. What is
-  parked here has none, and comes back more rarely; at an interval of 1 the paper's I of a masked triplet is 0, too.
+- The schedule uses t - t_i instead of the paper's t - t_i - t_f, which would start above b₀.
+- The paper masks λ and lets it train until the next decision, so that a gradient can reactivate it. A triplet that is
+  parked here has no gradient and returns more rarely. At an interval of 1, I of a masked triplet is 0 in the paper too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 AXIS = {"A": 0, "E": 0, "B": 1}
-"""Along which the triplets lie in each tensor."""
+"""The dimension of each tensor that counts the triplets."""
 
 
 def budget_step(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
@@ -41,14 +41,14 @@ def budget_step(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
     last = config.total_steps - config.final
     if step >= last or (step >= config.warmup and step % config.interval == 0):
         _allocate(adapter, optimizer, step)
-    if step >= last:  # what was parked can no longer come back
+    if step >= last:  # parked triplets can no longer return
         state["finished"] = True
         for key in [key for key in state if key not in (HISTORY, "finished")]:
             del state[key]
 
 
 def budget(config: AdaloraConfig, step: int, sites: int, start: int) -> int:
-    """b(t): how many triplets all sites have together after `step`; `start` is b₀."""
+    """Return b(t), the number of active triplets of all sites after `step`; `start` is b₀."""
     last = config.total_steps - config.final  # type: ignore[operator]
     if step < config.warmup:
         return start
@@ -58,9 +58,9 @@ def budget(config: AdaloraConfig, step: int, sites: int, start: int) -> int:
 
 
 def _update_importance(adapter: tg.Adapter) -> None:
-    """Ī and U of every triplet, the parked ones included; they stay where an I is not finite, as after a step that a GradScaler skipped.
+    """Update Ī and U of every triplet, parked ones included, except where I is not finite, as after a step that a GradScaler skipped.
 
-    By torch's _foreach functions, as in its optimizers: one call for all tensors. The device is waited for once.
+    Uses torch's _foreach functions, as torch's optimizers do: one call for all tensors, and one synchronization with the device.
     """
     import torch
 
@@ -76,7 +76,7 @@ def _update_importance(adapter: tg.Adapter) -> None:
 
 
 def _importance(adapter: tg.Adapter) -> list[Tensor]:
-    """I of every triplet, in float32 and in the form of the parameters with all r₀ triplets; 0 for what is parked."""
+    """Return I in float32, in the shape of the parameters with all r₀ triplets; 0 for parked ones."""
     import torch
 
     trained = [(parameter.detach(), parameter.grad) for _, _, parameter in _named(adapter) if parameter.grad is not None]
@@ -97,7 +97,7 @@ def _importance(adapter: tg.Adapter) -> list[Tensor]:
 
 
 def _places(state: dict[str, Any], part: tg.SitePart) -> Tensor | None:
-    """Where each of the initial triplets is in the parameters, a parked one after the last; None if all are there in order."""
+    """Return the index of each initial triplet in the parameters (past the end if parked); None if all are active and in order."""
     import torch
 
     kept, device = _kept(state, part), part.tensors()["A"].device
@@ -109,7 +109,7 @@ def _places(state: dict[str, Any], part: tg.SitePart) -> Tensor | None:
 
 
 def _with_parked(kept: Tensor, axis: int, places: Tensor) -> Tensor:
-    """0 for the triplets that are parked."""
+    """Fill in zeros for the parked triplets."""
     import torch
 
     return torch.nn.functional.pad(kept, (0, 1) if axis else (0, 0, 0, 1)).index_select(axis, places)
@@ -117,18 +117,18 @@ def _with_parked(kept: Tensor, axis: int, places: Tensor) -> Tensor:
 
 def _averages(adapter: tg.Adapter, what: str, like: list[Tensor]) -> list[Tensor]:
     named = zip(_named(adapter), like, strict=True)
-    return [_kept_beside(adapter.state, f"{part.site.name}.{name}.{what}", name, each, each) for (part, name, _), each in named]
+    return [_stored_like(adapter.state, f"{part.site.name}.{name}.{what}", name, each, each) for (part, name, _), each in named]
 
 
 def _scores(state: Mapping[str, Any], site: str) -> Tensor:
-    """S of every triplet of one site."""
+    """Return S of every triplet of one site."""
     of = {name: state[f"{site}.{name}.sensitivity"] * state[f"{site}.{name}.uncertainty"] for name in ("A", "E", "B")}
     scores: Tensor = of["E"].sum(1) + of["B"].mean(1) + of["A"].mean(1)
     return scores
 
 
 def _allocate(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
-    """Keep the b(t) triplets with the highest scores over all sites, but at least min_rank in each."""
+    """Keep the b(t) triplets with the highest scores over all sites, and at least min_rank per site."""
     import torch
 
     parts = adapter.parts
@@ -153,21 +153,21 @@ def _allocate(adapter: tg.Adapter, optimizer: Optimizer, step: int) -> None:
 
 
 def _reallocated(state: dict[str, Any], part: tg.SitePart, chosen: Tensor) -> tg.Resize | None:
-    """Park what is not chosen, and take back what is."""
+    """Park the triplets that are not chosen, and return chosen ones to the parameters."""
     import torch
 
     kept, tensors = _kept(state, part).cpu(), part.tensors()
     if chosen.equal(kept):
         return None
     device = tensors["A"].device
-    # of each triplet in [the parameter, what is parked]
+    # index of each triplet in the concatenation of the parameter and the parked rows
     places = torch.where(kept, kept.cumsum(0) - 1, part.config.r + torch.arange(len(kept)))
     going, back = kept & ~chosen, chosen & ~kept
     parking, parked_from, taken_from = (each.to(device) for each in (going.nonzero()[:, 0], places[going], places[chosen]))
     for name, parameter in tensors.items():
         own, axis = parameter.detach(), AXIS[name]
         every = _rows(name, state[f"{part.site.name}.{name}.sensitivity"])
-        parked = _kept_beside(state, f"{part.site.name}.{name}.parked", name, every, own)
+        parked = _stored_like(state, f"{part.site.name}.{name}.parked", name, every, own)
         if len(parking):
             parked.index_copy_(axis, parking, own.index_select(axis, parked_from))
         source = torch.cat([own, parked], axis) if back.any() else own
@@ -183,7 +183,7 @@ def _named(adapter: tg.Adapter) -> Iterator[tuple[tg.SitePart, str, Tensor]]:
 
 
 def _kept(state: dict[str, Any], part: tg.SitePart) -> Tensor:
-    """Which of the initial triplets are in the parameters."""
+    """Return a mask of the initial triplets that are in the parameters."""
     import torch
 
     key = f"{part.site.name}.kept"
@@ -194,15 +194,15 @@ def _kept(state: dict[str, Any], part: tg.SitePart) -> Tensor:
 
 
 def _rows(name: str, tensor: Tensor) -> Tensor:
-    """One row for each triplet; and back."""
+    """Convert between a tensor and its rows, one per triplet."""
     return tensor.T if AXIS[name] else tensor
 
 
-def _kept_beside(state: dict[str, Any], key: str, name: str, shape: Tensor, like: Tensor) -> Tensor:
-    """A tensor that the state has as rows: as a tensor of `shape`, beside `like` and of its dtype; zeros at first."""
+def _stored_like(state: dict[str, Any], key: str, name: str, shape: Tensor, like: Tensor) -> Tensor:
+    """Return the stored tensor `key` in the shape of `shape`, on the device and in the dtype of `like`; zeros at first."""
     import torch
 
-    # laid out as the parameter, for arithmetic with it takes twice as long otherwise; what comes from a file is not
+    # in the parameter's memory layout, because arithmetic with another layout takes twice as long; tensors from files have another one
     known = key in state
     found = _rows(name, state[key]) if known else torch.zeros_like(shape, device=like.device, dtype=like.dtype)
     if not known or found.device != like.device or found.dtype != like.dtype or not found.is_contiguous():

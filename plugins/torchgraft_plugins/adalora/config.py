@@ -13,21 +13,25 @@ BUDGET_ONLY = ("target_rank", "total_steps", "warmup_steps", "final_steps", "bet
 
 
 class AdaloraConfig(tg.LowRankConfig):
-    allocator: Literal["energy", "budget"] = Field("energy", description="energy: by the update's singular values; budget: the paper's")
+    allocator: Literal["energy", "budget"] = Field(
+        "energy", description="energy: by the singular values of the update; budget: the paper's"
+    )
     interval: int = Field(50, ge=1, description="steps between two decisions")
     epsilon: float = Field(0.01, ge=0, lt=1, description="energy: the share of Σσ² that may be dropped each time")
-    min_rank: int | None = Field(None, ge=0, description="no layer falls below it [energy: 1, budget: 0]")
-    max_rank: int | None = Field(None, ge=1, description="energy: no layer grows above it [twice the initial rank]")
+    min_rank: int | None = Field(None, ge=0, description="lower bound for the rank of each layer [energy: 1, budget: 0]")
+    max_rank: int | None = Field(None, ge=1, description="energy: upper bound for the rank of each layer [twice the initial rank]")
     growth: int = Field(2, ge=1, description="energy: directions added to each layer when the validation loss stalls")
-    tolerance: float = Field(0.001, ge=0, lt=1, description="energy: a smaller relative gain of the validation loss is a stall")
+    tolerance: float = Field(
+        0.001, ge=0, lt=1, description="energy: the validation loss stalls if it improves by a smaller relative amount"
+    )
     target_rank: int | None = Field(None, ge=0, description="budget: the mean rank at the end [rank / 1.5]")
     total_steps: int | None = Field(None, ge=1, description="budget: T, the number of optimizer steps; required")
     warmup_steps: int | None = Field(None, ge=0, description="budget: t_i, steps before the first decision [T / 10]")
-    final_steps: int | None = Field(None, ge=1, description="budget: t_f, steps after the last one [T / 10]")
+    final_steps: int | None = Field(None, ge=1, description="budget: t_f, steps after the last decision [T / 10]")
     beta1: float = Field(0.85, gt=0, lt=1, description="budget: β₁, of the mean sensitivity")
     beta2: float = Field(0.85, gt=0, lt=1, description="budget: β₂, of its uncertainty")
     orthogonality: float = Field(0.1, ge=0, allow_inf_nan=False, description="budget: γ, the weight of the penalty")
-    current: int | None = Field(None, ge=0, description="the rank now, where training has changed it; set by adapter.step")
+    current: int | None = Field(None, ge=0, description="the current rank, if training has changed it; set by adapter.step")
 
     adapter_wide: ClassVar[frozenset[str]] = frozenset(
         "allocator interval growth tolerance target_rank total_steps warmup_steps final_steps beta1 beta2".split()
@@ -61,7 +65,7 @@ class AdaloraConfig(tg.LowRankConfig):
 
     @property
     def r(self) -> int:
-        """The rank now."""
+        """The current rank."""
         return self.rank if self.current is None else self.current
 
     @property
@@ -87,5 +91,5 @@ class AdaloraConfig(tg.LowRankConfig):
         return self.final_steps if self.final_steps is not None else max(1, (self.total_steps or 0) // 10)
 
     def at(self, rank: int) -> AdaloraConfig:
-        """The same config when the rank has become `rank`."""
+        """Return a copy of this config with the current rank `rank`."""
         return self.with_("adalora", {"current": rank})

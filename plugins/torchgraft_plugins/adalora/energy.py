@@ -1,6 +1,6 @@
-"""AdaLoRA's allocator `energy`: ranks by the singular values of each layer's update B·A.
+"""The allocator `energy` of AdaLoRA: ranks follow from the singular values of each layer's update B·A.
 
-r' = the least k with Σ_{i>k} σᵢ² / Σ σᵢ² ≤ ε        min_rank ≤ r' ≤ max_rank
+r' = the smallest k with Σ_{i>k} σᵢ² / Σ σᵢ² ≤ ε        min_rank ≤ r' ≤ max_rank
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 VALIDATION = ("val_loss", "validation_loss", "eval_loss")
-"""Names under which `metrics` may have the validation loss."""
+"""Keys of `metrics` that are read as the validation loss."""
 
 
 def energy_step(adapter: tg.Adapter, optimizer: Optimizer, step: int, metrics: Mapping[str, float]) -> None:
@@ -32,7 +32,7 @@ def energy_step(adapter: tg.Adapter, optimizer: Optimizer, step: int, metrics: M
 
 
 def _stalled(state: dict[str, Any], tolerance: float) -> bool:
-    """Whether no validation loss seen since the last decision is better than the best before it."""
+    """Whether no validation loss since the last decision is better than the best one before it."""
     seen, best = state["seen"], state.get("best")
     state["seen"] = []
     if not seen:
@@ -42,7 +42,7 @@ def _stalled(state: dict[str, Any], tolerance: float) -> bool:
 
 
 def _shrunk(part: tg.SitePart, step: int) -> tg.Resize | None:
-    """The fewest directions whose loss of energy is at most ε; None if these are all."""
+    """Return the resize to the fewest directions that drop at most a share ε of the energy; None if that is all of them."""
     import torch
 
     config, params = part.config, part.tensors()
@@ -56,13 +56,13 @@ def _shrunk(part: tg.SitePart, step: int) -> tg.Resize | None:
     kept = min(max(config.least, _fewest(energy, config.epsilon)), len(energy))
     if kept >= config.r or energy.sum() == 0:
         return None
-    # A keeps its size, B takes the singular values. With S and T, B' = B·S and A' = T·A, so that gradients follow as
+    # A keeps its norm, and B takes the singular values. With S and T, B' = B·S and A' = T·A, so that gradients follow as
     # ∇B' = ∇B·Tᵀ and ∇A' = Sᵀ·∇A, and so do the moments that average them.
     size = a.norm() / config.r**0.5
     s = r_a.T @ vh[:kept].T / size
     t = size * vh[:kept] @ torch.linalg.pinv(r_a).T
     tensors = {"A": size * vh[:kept] @ q_a.T, "B": q_b @ u[:, :kept] * sigma[:kept] / size}
-    if part.site.padding_idx is not None:  # 0 but for rounding, and it must stay 0
+    if part.site.padding_idx is not None:  # zero except for rounding errors, and it must stay zero
         tensors["A"][:, part.site.padding_idx] = 0
     carry: dict[str, Callable[[Tensor, int], Tensor]] = {
         "A": lambda moment, power: (s.T**power) @ moment.double(),
@@ -72,13 +72,13 @@ def _shrunk(part: tg.SitePart, step: int) -> tg.Resize | None:
 
 
 def _fewest(energy: Tensor, epsilon: float) -> int:
-    """The least k with Σ_{i>k} σᵢ² ≤ ε·Σ σᵢ²; σ² descend."""
-    dropped = energy.flip(0).cumsum(0).flip(0)  # of all from i on
+    """Return the smallest k with Σ_{i>k} σᵢ² ≤ ε·Σ σᵢ²; σ² descend."""
+    dropped = energy.flip(0).cumsum(0).flip(0)  # energy of direction i and all later ones
     return int((dropped > epsilon * energy.sum()).sum())
 
 
 def _grown(part: tg.SitePart, step: int) -> tg.Resize | None:
-    """`growth` more directions, with B = 0."""
+    """Return the resize that adds `growth` directions, with B = 0."""
     import torch
 
     config, params = part.config, part.tensors()

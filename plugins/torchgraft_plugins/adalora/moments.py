@@ -1,4 +1,4 @@
-"""What both allocators of AdaLoRA share: the moments of directions that come and go, and the history."""
+"""Code that both allocators share: optimizer moments when directions are removed or added, and the history of ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ HISTORY = "history"
 
 
 def carry_rows(places: Tensor) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """Moments of the directions that were at `places` before; -1 is a new one.
+    """Return, for each tensor, how its moments follow: direction i was at index `places[i]` before, or is new (-1).
 
-    A new one starts without momentum, and with the mean square of the others: with 0 its first steps would be too large.
+    A new direction starts without momentum and with the mean squared gradient of the others: with 0, its first steps would be too
+    large.
     """
     import torch
 

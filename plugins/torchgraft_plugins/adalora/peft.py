@@ -1,4 +1,4 @@
-"""AdaLoRA in PEFT's files."""
+"""The format of AdaLoRA adapters in PEFT's files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class AdaloraPeft:
     """PEFT's ADALORA type: lora_A (r, in), lora_E (r, 1), lora_B (out, r), ΔW = B·diag(E)·A · lora_alpha / (init_r + 1e-5).
 
-    PEFT has one scale for all layers; where a site's own differs, E carries the ratio, in float64 so that reading it
-    gives the same bits back, of 32 bits and fewer.
+    PEFT has one scale for all layers. Where a site's scale differs, E includes the ratio, in float64, so that reading it
+    restores the same bits of parameters in up to 32 bits.
     """
 
     IGNORED = tg.LowRankPeft.IGNORED | frozenset(
@@ -68,7 +68,7 @@ class AdaloraPeft:
         )
 
     def groups(self, shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]]) -> int:
-        return 1  # PEFT has no grouped convolutions here
+        return 1  # PEFT's AdaLoRA does not support grouped convolutions
 
     def shapes(self, site: tg.Site, config: AdaloraConfig) -> dict[str, tuple[int, ...]]:
         return {"lora_A": (config.r, site.in_features), "lora_E": (config.r, 1), "lora_B": (site.out_features, config.r)}
