@@ -229,7 +229,7 @@ def test_the_base_gives_the_originals_back_without_an_undo_record(tmp_path: Path
     with torch.no_grad():
         other.embed_tokens.weight[0, 0] += 1
     for folder, match in (
-        (write_model(tmp_path / "other", other, shards=2), r"embed_tokens\.weight is not what was merged into"),
+        (write_model(tmp_path / "other", other, shards=2), r"embed_tokens\.weight is not the tensor that was merged into"),
         (write_model(tmp_path / "cut", Small()), "headers"),
     ):
         (folder / "tokenizer.json").write_text("{}")
@@ -309,7 +309,7 @@ def test_a_directory_that_an_interrupted_run_left_is_told(tmp_path: Path) -> Non
     left = tmp_path / ".out.abc.partial"
     left.mkdir()
     (left / "model.safetensors").write_bytes(b"1234567")
-    with pytest.warns(TorchgraftWarning, match=r"\.out\.abc\.partial: left there by an interrupted run \(7 bytes\).*remove it"):
+    with pytest.warns(TorchgraftWarning, match=r"\.out\.abc\.partial: left over from an interrupted run \(7 bytes\); delete it"):
         tg.merge_checkpoint(base, adapter, tmp_path / "out")
     assert left.exists()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
@@ -15,13 +15,16 @@ SHOWN = 60
 """Characters of an invalid value in a message."""
 
 
-class _Entry(BaseModel):
+class Entry(BaseModel):
     """One JSON object of the record. Unknown keys are ignored, because later versions may add some."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
 
-class MethodRecord(_Entry):
+E = TypeVar("E", bound=Entry)
+
+
+class MethodRecord(Entry):
     """The method, and the distribution that provided it."""
 
     name: str
@@ -29,21 +32,21 @@ class MethodRecord(_Entry):
     version: str | None = None
 
 
-class TensorsRecord(_Entry):
+class TensorsRecord(Entry):
     """The file that holds the adapter's tensors, and its hash."""
 
     file: Literal["adapter_model.safetensors", "torchgraft.safetensors"]
     sha256: str
 
 
-class StateRecord(_Entry):
+class StateRecord(Entry):
     """The method's state: plain values, and the hash of the file that holds its tensors ("" if there are none)."""
 
     values: dict[str, Any]
     sha256: str
 
 
-class SiteRecord(_Entry):
+class SiteRecord(Entry):
     """One site: the layer that the adapter was trained on, and its options."""
 
     name: str
@@ -61,7 +64,7 @@ class SiteRecord(_Entry):
     quantization: dict[str, Any] = {}
 
 
-class AdapterRecord(_Entry):
+class AdapterRecord(Entry):
     """The whole record."""
 
     method: MethodRecord
@@ -88,8 +91,17 @@ def parse_record(path: Path, document: Mapping[str, Any]) -> AdapterRecord:
     """
     if document.get("format") != FORMAT:
         raise FileFormatError(f"{path}: format {document.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
+    return validated(AdapterRecord, path, document)
+
+
+def validated(model: type[E], path: Path, document: Mapping[str, Any]) -> E:
+    """Return `document`, which was read from `path`, as a `model`.
+
+    Raises:
+        FileFormatError: an entry is missing or invalid; names the first one.
+    """
     try:
-        return AdapterRecord.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     where = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).removeprefix(".")

@@ -1,9 +1,9 @@
-"""What a merge writes down: `torchgraft_merge.json`, and beside it `torchgraft_undo/` with what unmerging needs.
+"""The record of a merge, `torchgraft_merge.json`, and where `torchgraft_undo/` beside it stores what unmerging needs.
 
 torchgraft_undo/adapters/N/…              the adapters, in the order in which they were merged
 torchgraft_undo/headers/FILE.header       the header of each weight file of the base
-torchgraft_undo/base/…                    the base's own of those other files that the merge changed
-torchgraft_undo/corrections.safetensors   where arithmetic alone would miss the original bits
+torchgraft_undo/base/…                    the base's version of each other file that the merge changed
+torchgraft_undo/corrections.safetensors   the differences between the base and what arithmetic alone restores
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchgraft.adapter_files.reading import AdapterFiles
+from torchgraft.adapter_files.record import Entry, validated
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.checkpoint.sidecars import RECORD
 from torchgraft.disk import leaves_directory, read_json
@@ -21,61 +22,66 @@ from torchgraft.hashes import sha256_of_file
 FORMAT = 2
 ADAPTERS, HEADERS, BASE = "adapters", "headers", "base"
 CORRECTIONS = "corrections.safetensors"
-TYPES = {
-    "adapters": list,
-    "sites": dict,
-    "earlier": list,
-    "undo": bool,
-    "headers": dict,
-    "original_tensors": dict,
-    "original_files": dict,
-    "merged_tensors": list,
-}
 
 
-def read_record(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The record of the merge that made this checkpoint; empty if it was not merged here.
+class MergedAdapter(Entry):
+    """One adapter that was merged."""
+
+    sha256: str
+    """Hash of its tensor file."""
+    factor: float
+    names: dict[str, str]
+    """The adapter's names of the base's tensors → the base's names; empty if they are the same."""
+
+
+class MergedLayer(Entry):
+    """What the merge took one layer for."""
+
+    kind: str
+    quantization: dict[str, Any]
+
+
+class MergeRecord(Entry):
+    """The whole record."""
+
+    adapters: list[MergedAdapter]
+    sites: dict[str, MergedLayer]
+    earlier: list[str]
+    """Hashes of the adapters of earlier merges."""
+    undo: bool
+    """Whether an undo record was written."""
+    headers: dict[str, str]
+    """Weight file of the base → hash of its header."""
+    original_tensors: dict[str, str]
+    """Tensor of the base → its hash."""
+    original_files: dict[str, str]
+    """Other file of the base → its hash."""
+    merged_tensors: list[str]
+
+
+def read_record(checkpoint: Checkpoint) -> MergeRecord | None:
+    """Return the record of the merge that made this checkpoint, or None if torchgraft did not merge it.
 
     Raises:
-        FileFormatError: it is not what a merge writes.
+        FileFormatError: the record is not one that a merge writes.
     """
     path = checkpoint.directory / RECORD
-    record = read_json(path, missing_ok=True)
-    if not record:
-        return {}
-    if record.get("format") != FORMAT:
-        raise FileFormatError(f"{path}: format {record.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
-    sound = all(isinstance(record.get(key), kind) for key, kind in TYPES.items())
-    if not sound or not all(_is_adapter(entry) for entry in record["adapters"]) or not all(map(_is_site, record["sites"].values())):
-        raise FileFormatError(f"{path}: it lacks what a merge's record must have; was it edited by hand?")
-    return record
-
-
-def _is_adapter(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("sha256"), str)
-        and isinstance(entry.get("factor"), int | float)
-        and _is_map(entry.get("names"))
-    )
-
-
-def _is_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
-
-
-def _is_site(entry: Any) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("kind"), str) and isinstance(entry.get("quantization"), dict)
+    document = read_json(path, missing_ok=True)
+    if not document:
+        return None
+    if document.get("format") != FORMAT:
+        raise FileFormatError(f"{path}: format {document.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
+    return validated(MergeRecord, path, document)
 
 
 def adapters_in(checkpoint: Checkpoint) -> list[str]:
-    """The hashes of the adapters that this and earlier merges put into the checkpoint."""
+    """Return the hashes of the adapters that this and earlier merges wrote into the checkpoint."""
     record = read_record(checkpoint)
-    return [*record["earlier"], *(entry["sha256"] for entry in record["adapters"])] if record else []
+    return [*record.earlier, *(adapter.sha256 for adapter in record.adapters)] if record else []
 
 
 def merged_already(checkpoint: Checkpoint, files: AdapterFiles) -> str:
-    """Says so if this adapter is in the checkpoint already; else empty."""
+    """Return the problem if this adapter is already merged into the checkpoint, else an empty string."""
     before = adapters_in(checkpoint)
     if before and sha256_of_file(files.tensor_file) in before:
         return f"{checkpoint.root}: the adapter {files.directory} is merged into it already ({RECORD}); use the base model"
@@ -83,20 +89,21 @@ def merged_already(checkpoint: Checkpoint, files: AdapterFiles) -> str:
 
 
 def refuse_merged(checkpoint: Checkpoint, files: AdapterFiles) -> None:
-    """
+    """Check that the adapter is not merged into the checkpoint yet.
+
     Raises:
-        MergeError: this adapter is in the checkpoint already.
+        MergeError: it is.
     """
     if problem := merged_already(checkpoint, files):
         raise MergeError(problem)
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The file `name` of a record, which may not lie outside `directory`.
+    """Return the path of the file `name`, which a record states, inside `directory`.
 
     Raises:
-        FileFormatError: it does.
+        FileFormatError: the name leads outside.
     """
     if not name or leaves_directory(name):
-        raise FileFormatError(f"{directory}: the record names {name!r}, which lies outside; refused")
+        raise FileFormatError(f"{directory}: the record names {name!r}, which is outside; refused")
     return directory / name
