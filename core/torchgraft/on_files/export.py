@@ -1,4 +1,4 @@
-"""Writing an adapter for tools that know PEFT's formats alone: as it is, or as the plain LoRA that is the same function."""
+"""Write an adapter for tools that read only PEFT's formats: as PEFT's type for its method, or as a plain LoRA."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torchgraft.disk import new_directory, refuse_existing
 from torchgraft.errors import ConfigError, MergeError
 from torchgraft.layers.layer import Layer
 from torchgraft.layers.of_checkpoint import module_names
-from torchgraft.method.config import LowRankConfig
+from torchgraft.method.config import Config, LowRankConfig
 from torchgraft.method.method import Method
 from torchgraft.method.site import Site, to_canonical
 from torchgraft.pairing.base import base_of_checkpoint, base_of_record
@@ -32,7 +32,7 @@ from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 
 PLAIN = Method("LORA", LowRankConfig, "", "", peft=LowRankPeft())
-"""PEFT's LORA type, whatever method the adapter has here."""
+"""PEFT's plain LORA type."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,19 @@ class ExportReport:
     output: Path
     sites: int
     left_out: tuple[str, ...] = ()
-    """Sites of rank 0: they change nothing, and a LoRA has no rank 0."""
+    """Sites of rank 0, which are not written: they change nothing, and PEFT has no LoRA of rank 0."""
     errors: dict[str, float] = field(default_factory=dict)
-    """Site → ‖Δ - s·B·A‖ / ‖Δ‖, where the change Δ of the weight was approximated; empty if the export is the same function."""
+    """Site → ‖Δ - s·B·A‖ / ‖Δ‖ where the change Δ of the weight was approximated; empty if the export is the same function."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An adapter in the form in which it will be written."""
+
+    method: Method
+    config: Config
+    sites: Sequence[SavedSite]
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def export_adapter(
@@ -54,15 +64,15 @@ def export_adapter(
     rank: int | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> ExportReport:
-    """Write the adapter in PEFT's format, without our own record, to the new directory `output`.
+    """Write the adapter in PEFT's format, without torchgraft.json, to the new directory `output`.
 
     Args:
-        to: "peft", the type that PEFT has for the method; "lora", its plain LoRA.
-        base: the checkpoint; needed if PEFT wrote the adapter, and for `rank`.
-        rank: for a method that is no LoRA: take the nearest one of this rank, by the SVD of merged - base.
+        to: "peft" for the type that PEFT has for the method; "lora" for PEFT's plain LoRA.
+        base: the checkpoint; required for `rank`, and if PEFT wrote the adapter.
+        rank: for a method that is not a LoRA: write the nearest LoRA of this rank, by the SVD of merged - base.
 
     Raises:
-        MergeError: the method cannot be written so; the message says what can be done.
+        MergeError: the method cannot be written in this form; the message names the alternative.
         FileFormatError, PairingError: a file is broken, or the adapter does not fit its base.
     """
     target = Path(output)
@@ -74,41 +84,63 @@ def export_adapter(
     known = base_of_checkpoint(checkpoint, kinds) if checkpoint is not None else base_of_record(files)
     pairing = pair(files, known).demand(known)
     tensors = AdapterTensors(pairing)
-    hooks = registry().hooks(pairing.method.name)
-    errors: dict[str, float] = {}
     if to == "peft":
-        method, config = pairing.method, pairing.config
-        if method.peft is None:
-            raise MergeError(f"{files.directory}: PEFT has no {method.name}; 'adapt merge' makes a model that every tool can load")
-        sites = [SavedSite(paired.site, paired.config, tensors.of_site(paired), "") for paired in pairing.sites]
+        exported = _as_peft(pairing, tensors)
     else:
         nearest = Nearest(checkpoint, known.layers, rank) if checkpoint is not None and rank is not None else None
-        folded = [_folded(hooks, paired, tensors.params(paired), nearest) for paired in pairing.sites]
-        errors = {fold.site.name: fold.error for fold in folded if fold.error is not None}
-        method, (config, sites) = PLAIN, _with_one_alpha([fold for fold in folded if len(fold.factors["A"])])
-    if not sites:
+        exported = _as_plain_lora(pairing, tensors, nearest)
+    if not exported.sites:
         raise MergeError(f"{files.directory}: every layer has rank 0, so there is nothing to write")
-    names = {own: name for name, own in pairing.renamed.items()}  # it is written under the names that it came with
+    with new_directory(target) as directory:
+        write(_contents(exported, pairing, tensors, checkpoint), directory, native=False)
+    written = {saved.site.name for saved in exported.sites}
+    skipped = tuple(paired.site.name for paired in pairing.sites if paired.site.name not in written)
+    return ExportReport(target, len(exported.sites), skipped, dict(exported.errors))
+
+
+def _as_peft(pairing: Pairing, tensors: AdapterTensors) -> Exported:
+    """Keep the method, in the type that PEFT has for it.
+
+    Raises:
+        MergeError: PEFT has none.
+    """
+    if pairing.method.peft is None:
+        raise MergeError(
+            f"{pairing.files.directory}: PEFT has no {pairing.method.name}; 'adapt merge' makes a model that every tool can load"
+        )
+    sites = [SavedSite(paired.site, paired.config, tensors.of_site(paired), "") for paired in pairing.sites]
+    return Exported(pairing.method, pairing.config, sites)
+
+
+def _as_plain_lora(pairing: Pairing, tensors: AdapterTensors, nearest: Nearest | None) -> Exported:
+    """Fold every site into a plain LoRA, exactly or, with `nearest`, approximately."""
+    hooks = registry().hooks(pairing.method.name)
+    folded = [_folded(hooks, paired, tensors.params(paired), nearest) for paired in pairing.sites]
+    errors = {fold.site.name: fold.error for fold in folded if fold.error is not None}
+    config, sites = _with_one_alpha([fold for fold in folded if len(fold.factors["A"])])
+    return Exported(PLAIN, config, sites, errors)
+
+
+def _contents(exported: Exported, pairing: Pairing, tensors: AdapterTensors, checkpoint: Checkpoint | None) -> Contents:
+    """Return what to write, under the names that the adapter came with."""
+    names = {own: name for name, own in pairing.renamed.items()}
+    sites = [replace(saved, site=replace(saved.site, name=names.get(saved.site.name, saved.site.name))) for saved in exported.sites]
     whole = {name: _whole(name, pairing, tensors.by_name) for name in (names.get(module, module) for module in pairing.also_train)}
-    contents = Contents(
-        method=method,
-        config=config,
-        sites=[replace(saved, site=replace(saved.site, name=names.get(saved.site.name, saved.site.name))) for saved in sites],
+    return Contents(
+        method=exported.method,
+        config=exported.config,
+        sites=sites,
         trained=whole,
         also_train=tuple(whole),
         also_saved={},
         modules=None if checkpoint is None or names else module_names(checkpoint),
-        base=files.base,
+        base=pairing.files.base,
     )
-    with new_directory(target) as directory:
-        write(contents, directory, native=False)
-    written = {saved.site.name for saved in sites}
-    return ExportReport(target, len(sites), tuple(p.site.name for p in pairing.sites if p.site.name not in written), errors)
 
 
 @dataclass(frozen=True)
 class Nearest:
-    """Where the weights are, and of what rank an approximation is wanted."""
+    """The base weights, and the rank of the wanted approximation."""
 
     checkpoint: Checkpoint
     layers: Mapping[str, Layer]
@@ -117,7 +149,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Folded:
-    """One site as a plain LoRA: ΔW = scale·B·A, but for `error`."""
+    """One site as a plain LoRA: ΔW = scale·B·A, except for `error`."""
 
     site: Site
     scale: float
@@ -126,7 +158,7 @@ class Folded:
 
 
 def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], nearest: Nearest | None) -> Folded:
-    """Exact if the method has it so, else the nearest."""
+    """Fold one site into a plain LoRA: exactly if the method can, else the nearest one."""
     site = paired.site
     applied = Applied(hooks, paired.config, params)
     if not site.has_bias:
@@ -139,8 +171,8 @@ def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], n
         return Folded(site, *hooks.to_lora(site, paired.config, params))
     if nearest is None:
         raise MergeError(
-            f"{site.name}: no LoRA is the same as what {hooks.method.name} makes of it. Merge it "
-            "('adapt merge'), or take the nearest LoRA of a rank that you choose: --rank R --base MODEL"
+            f"{site.name}: no LoRA equals the change that {hooks.method.name} makes to it. Merge it "
+            "('adapt merge'), or write the nearest LoRA of a rank that you choose: --rank R --base MODEL"
         )
     weight = to_canonical(site.kind, nearest.checkpoint.read(nearest.layers[site.name].weight_name))
     with exactly(weight):
@@ -149,7 +181,7 @@ def _folded(hooks: MethodHooks, paired: PairedSite, params: dict[str, Tensor], n
 
 
 def nearest_lora(change: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:
-    """A (r, k) and B (d, r) with the least ‖change - B·A‖, and that over ‖change‖, in the Frobenius norm (Eckart and Young 1936)."""
+    """Return A (r, k) and B (d, r) that minimize ‖change - B·A‖, and the relative error, in the Frobenius norm (Eckart and Young 1936)."""
     u, sigma, vh = torch.linalg.svd(change, full_matrices=False)
     root = sigma[:rank].sqrt()
     whole = float(sigma.double().square().sum().sqrt())
@@ -158,7 +190,7 @@ def nearest_lora(change: Tensor, rank: int) -> tuple[dict[str, Tensor], float]:
 
 
 def _with_one_alpha(folded: Sequence[Folded]) -> tuple[LowRankConfig, list[SavedSite]]:
-    """One lora_alpha for all sites, for some tools read no other: where s·r differs, B takes the ratio."""
+    """Use one lora_alpha for all sites, because some tools read no other. Where s·r differs, B is multiplied by the ratio."""
     strengths = Counter(fold.scale * len(fold.factors["A"]) for fold in folded)
     alpha = strengths.most_common(1)[0][0] if strengths else 1.0
     sites = []
@@ -171,6 +203,6 @@ def _with_one_alpha(folded: Sequence[Folded]) -> tuple[LowRankConfig, list[Saved
 
 
 def _whole(module: str, pairing: Pairing, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The state of a module that is trained whole, by its name in the adapter."""
+    """Return the state of a fully trained module, which the adapter calls `module`."""
     start = f"{pairing.files.prefix}{module}."
     return {name.removeprefix(start): tensors[name] for name in pairing.trained.values() if name.startswith(start)}
