@@ -133,7 +133,7 @@ def test_what_cannot_be_combined_is_refused(tmp_path: Path) -> None:
     before = tree(tmp_path)
     cases: list[tuple[dict[str | Path, float], str]] = [
         ({dora: 0.5}, "dora makes depends on the weight.*0.5"),
-        ({head[0]: 0.5}, r"head\.(weight|bias): .*trained whole.*0.5"),
+        ({head[0]: 0.5}, r"head\.(weight|bias): .*fully trained.*0.5"),
         ({head[0]: 1.0, head[1]: 1.0}, r"head\.(weight|bias): .*another adapter"),
         ({lora: 1.0, copy: 1.0}, "copy: this adapter is given twice"),
     ]

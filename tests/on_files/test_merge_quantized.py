@@ -72,7 +72,7 @@ def test_exactly_the_layers_that_were_quantized_take_the_round_trip(
     base, weights = write(tmp_path / "base", dtype), trained(tmp_path / "a", dtype, **options)
     report = tg.merge_checkpoint(base, tmp_path / "a", tmp_path / "out", onto=onto)
     assert (report.merged_tensors, report.verified) == (3, True)
-    assert "merged onto the weights as quantized, which the adapter was trained against (3 layers)" in report.notes[0]
+    assert "merged onto the weights as quantized, on which the adapter was trained (3 layers)" in report.notes[0]
     before, found = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in weights.items():
         assert not weight.to(dtype).equal(before[f"{name}.weight"])

@@ -32,7 +32,8 @@ from torchgraft.disk import (
 )
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
-from torchgraft.on_files.merge_plan import MergePlan, Onto, plan_merge
+from torchgraft.on_files.merge_changes import Onto
+from torchgraft.on_files.merge_plan import MergePlan, plan_merge
 from torchgraft.on_files.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
 from torchgraft.rewriting.digests import digesting
 from torchgraft.version import __version__

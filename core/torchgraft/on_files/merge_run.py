@@ -18,7 +18,8 @@ from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.disk import Progress
 from torchgraft.hashes import as_bytes
 from torchgraft.on_files.corrections_file import Corrections, UndoWriter
-from torchgraft.on_files.merge_plan import Change, MergePlan
+from torchgraft.on_files.merge_changes import Change
+from torchgraft.on_files.merge_plan import MergePlan
 from torchgraft.pairing.pairing import PairedSite
 from torchgraft.pairing.tensors import AdapterTensors
 from torchgraft.rewriting.digests import digest_range
