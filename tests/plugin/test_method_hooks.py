@@ -127,7 +127,7 @@ def test_what_unmerge_needs_is_in_the_merged_files(stranger: Stranger, tmp_path:
     assert files[0] == files[2] != files[1]
     with pytest.raises(tg.MergeError, match="PEFT has no stranger"):
         tg.export_adapter(tmp_path / "adapter", tmp_path / "out", "peft")
-    with pytest.raises(tg.MergeError, match="no LoRA is the same as what stranger makes"):
+    with pytest.raises(tg.MergeError, match="no LoRA equals the change that stranger makes"):
         tg.export_adapter(tmp_path / "adapter", tmp_path / "out", "lora")
 
 
