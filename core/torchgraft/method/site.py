@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torchgraft.errors import AttachError
-from torchgraft.kinds.kind import Kind, Shape, traced
+from torchgraft.kinds.kind import Kind, Shape
+from torchgraft.method.cache import Cache
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,14 +29,6 @@ class Beneath(Protocol):
 
     def names(self) -> list[str]:
         """Of the adapters, in their order."""
-
-
-class Kept(NamedTuple):
-    """What `Site.cached` keeps under a key."""
-
-    inputs: list[Tensor]
-    versions: list[tuple[int, int, int]]
-    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,7 @@ class Site:
     read: Callable[[], Tensor] | None = None
     beneath: Beneath | None = None
     """The adapters that were attached to the layer before."""
-    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What `cached` keeps."""
+    _cache: Cache = field(default_factory=Cache, repr=False, compare=False)
 
     @property
     def out_features(self) -> int:
@@ -143,30 +134,20 @@ class Site:
         past torch's own count. A change through `tensor.data` by hand goes unseen: of an adapter's until `train` or `eval` is called,
         and of the layer's own weight altogether.
         """
-        import torch
+        return self._cache.get(key, inputs, compute)
 
-        if traced():  # a compiler would make one more graph for each state that it finds the memo in
-            return compute()
-        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        if trained or any(tensor.is_inference() for tensor in inputs):
-            self.memo.pop(key, None)
-            return compute()
-        versions = [(tensor._version, tensor.data_ptr(), _steps() if tensor.requires_grad else 0) for tensor in inputs]
-        kept: Kept | None = self.memo.get(key)
-        if kept is not None and kept.value.is_inference() and torch.is_grad_enabled():
-            kept = None  # autograd does not take it
-        if kept is None or kept.versions != versions or any(old is not new for old, new in zip(kept.inputs, inputs, strict=True)):
-            kept = self.memo[key] = Kept(list(inputs), versions, compute())
-        return kept.value
+    @property
+    def memo(self) -> dict[str, Any]:
+        """The values that `cached` stores, by key. They are neither copied nor pickled with the site."""
+        return self._cache.values
 
     def forget_adapters(self) -> None:
-        """Drop what `cached` keeps, but for what depends on the layer's own weight alone."""
-        for key, kept in list(self.memo.items()):
-            if isinstance(kept, Kept) and any(tensor is not self._module.weight for tensor in kept.inputs):
-                del self.memo[key]
+        """Drop the values that `cached` stores, except those that depend on the layer's own weight alone."""
+        if self.memo:
+            self._cache.keep_only(self._module.weight)  # type: ignore[arg-type]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "memo": {}}
+        return {**self.__dict__, "_cache": Cache()}
 
     def dropout(self, x: Tensor, p: float) -> Tensor:
         """The layer's input with entries dropped, in training. Indices cannot be: an Embedding's are returned as they are."""
@@ -220,24 +201,6 @@ class Site:
         if self.module is None:
             raise AttachError(f"{self.name}: there is no layer to run, only its weight in a file")
         return self.module
-
-
-@cache
-def _step_counter() -> list[int]:
-    """How many steps all optimizers have made since this was first called."""
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
-    counter = [0]
-
-    def count(*_: Any) -> None:
-        counter[0] += 1
-
-    register_optimizer_step_post_hook(count)
-    return counter
-
-
-def _steps() -> int:
-    return _step_counter()[0]
 
 
 def to_canonical(kind: Kind, stored: Tensor) -> Tensor:
