@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.kinds.kind import Kind, Shape, dropped, traced, with_gain
+from torchgraft.kinds.kind import Kind, LowRank, Shape, dropped, traced, with_gain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,8 +16,14 @@ class Linear(Kind):
     """nn.Linear: weight (out, in)."""
 
     name = "Linear"
-    returns_new = False
-    """Whether the layer's own forward returns a tensor that nothing else holds, and that autograd lets be written to."""
+
+    @property
+    def returns_new(self) -> bool:
+        """Whether the layer's own forward returns a tensor that nothing else holds, and that autograd lets be written to.
+
+        A kind that derives from this one declares it itself, because its layers may store what they return.
+        """
+        return type(self) is Linear
 
     def module_class(self) -> type[nn.Module] | None:
         from torch import nn
@@ -47,39 +52,22 @@ class Linear(Kind):
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return self.project_in(module, x, matrix)
 
-    def low_rank(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        base: Callable[[Tensor], Tensor],
-        a: Tensor,
-        b: Tensor,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        gain: Tensor | None = None,
-        bias: Tensor | None = None,
-        stored: Tensor | None = None,
-    ) -> Tensor:
-        """As in `Kind`, by one product that adds to what the layer returned: no tensor of (…, out) is made for the update."""
-        from torch.nn import functional as F
-
-        from torchgraft.kinds.autograd import autocast, is_wider, wide_low_rank
+    def add_low_rank(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], change: LowRank) -> Tensor:
+        """Add the update to the layer's output by one product where possible, so that no tensor (…, out) is created for it."""
+        from torchgraft.kinds.autograd import autocast, is_wider
 
         if x.is_nested:
-            return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias)
-        alone, rows = self._is_alone(x, base), _rows(x)
-        own = base if stored is None else partial(self.product_with, module, stored=stored)
-        h = own(rows) if alone else _rows(base(x))
-        if rows.dtype == h.dtype and is_wider(a, h) and not traced() and not autocast(h):
-            shift = None if gain is None or bias is None else (1 - gain) * bias
-            y = wide_low_rank(h, dropped(rows, dropout, module), a, b, scale, gain, shift)
+            return super().add_low_rank(module, x, base, change)
+        in_place, rows = self._is_alone(x, base), _rows(x)
+        h = self._own_output(module, rows, base, change.stored) if in_place else _rows(base(x))
+        if rows.dtype == h.dtype and is_wider(change.a, h) and not traced() and not autocast(h):
+            y = _wide_sum(h, dropped(rows, change.dropout, module), change)
         else:
-            u = self.project_in(module, rows, a, dropout)
-            # Under autocast u is of h's type, and B is not; it leaves the two sums alone, and would narrow B.
-            add = h.addmm_ if alone else h.addmm
-            y = add(u, b.to(h.dtype).t(), alpha=scale) if u.dtype == h.dtype else h + F.linear(scale * u, b)
-            y = with_gain(y, gain, bias).to(h.dtype)
+            y = _sum(h, self.project_in(module, rows, change.a, change.dropout), change, in_place)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _own_output(self, module: nn.Module, rows: Tensor, base: Callable[[Tensor], Tensor], stored: Tensor | None) -> Tensor:
+        return base(rows) if stored is None else self.product_with(module, rows, stored)
 
     def product_with(self, module: nn.Module, rows: Tensor, stored: Tensor) -> Tensor:
         """The layer's own output for `rows`, by a weight that `weight_for_product` gave."""
@@ -253,15 +241,31 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _wide_sum(h: Tensor, rows: Tensor, change: LowRank) -> Tensor:
+    """Return the changed output where A and B have a wider type than `h`."""
+    from torchgraft.kinds.autograd import wide_low_rank
+
+    gain, bias = change.gain, change.bias
+    shift = None if gain is None or bias is None else (1 - gain) * bias
+    return wide_low_rank(h, rows, change.a, change.b, change.scale, gain, shift)
+
+
+def _sum(h: Tensor, u: Tensor, change: LowRank, in_place: bool) -> Tensor:
+    """Return the changed output, from u = A·x. With `in_place`, `h` may be written to."""
+    from torch.nn import functional as F
+
+    if u.dtype == h.dtype:
+        # Under autocast u is of h's type, and B is not; autocast does not apply to addmm_ and addmm, and would narrow B.
+        add = h.addmm_ if in_place else h.addmm
+        y = add(u, change.b.to(h.dtype).t(), alpha=change.scale)
+    else:
+        y = h + F.linear(change.scale * u, change.b)
+    return with_gain(y, change.gain, change.bias).to(h.dtype)
+
+
 def _is_own_forward(base: Callable[[Tensor], Tensor], cls: type[nn.Module] | None) -> bool:
     """Whether `base` is the plain forward of a layer of class `cls`, with no other adapter between."""
     return cls is not None and getattr(base, "__func__", None) is cls.forward
 
 
-class PlainLinear(Linear):
-    """nn.Linear itself, where kinds that derive from `Linear` may have layers that keep what they return."""
-
-    returns_new = True
-
-
-KINDS: tuple[Kind, ...] = (PlainLinear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))
+KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))

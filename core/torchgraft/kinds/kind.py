@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchgraft import dtypes
 
@@ -24,6 +24,24 @@ CHILD = "adapters"
 """The child under which a module keeps its adapters."""
 CARRIER = "_torchgraft_carrier"
 """The attribute that marks a class whose modules carry adapters."""
+
+
+class LowRank(NamedTuple):
+    """A low-rank change of a layer: gain·(W + scale·B·A)·x + bias."""
+
+    a: Tensor
+    """A (r, in_features)."""
+    b: Tensor
+    """B (out_features, r)."""
+    scale: float = 1.0
+    dropout: float = 0.0
+    """Probability with which inputs of A are dropped in training."""
+    gain: Tensor | None = None
+    """Factors of the output features, as `Kind.broadcast` returns them; None for 1."""
+    bias: Tensor | None = None
+    """The layer's bias, as `Kind.broadcast` returns it. Needed with a gain, because the bias is not multiplied."""
+    stored: Tensor | None = None
+    """The weight as `Kind.weight_for_product` returned it."""
 
 
 class Kind(ABC):
@@ -98,9 +116,13 @@ class Kind(ABC):
         The update is computed in A's type, and in autocast's under autocast. `gain` and `bias` come as from `broadcast`, and
         `stored` from `weight_for_product`.
         """
+        return self.add_low_rank(module, x, base, LowRank(a, b, scale, dropout, gain, bias, stored))
+
+    def add_low_rank(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], change: LowRank) -> Tensor:
+        """Compute `low_rank` from its arguments as one value. A kind that knows a faster way overrides this method."""
         h = base(x)
-        update = self.project_out(module, scale * self.project_in(module, x, a, dropout), b)
-        return with_gain(h + update, gain, bias).to(h.dtype)
+        update = self.project_out(module, change.scale * self.project_in(module, x, change.a, change.dropout), change.b)
+        return with_gain(h + update, change.gain, change.bias).to(h.dtype)
 
     def weight_for_product(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor | None:
         """What `weight_of` gives, if `low_rank` takes it in training for the layer's product with `x` and so saves making it again."""
