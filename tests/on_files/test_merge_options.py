@@ -244,7 +244,7 @@ def test_arithmetic_that_differs_from_the_merge_s_is_noticed(tmp_path: Path, mon
     from torchgraft.arithmetic.layer_merge import LayerMerge
 
     right = LayerMerge.unmerge
-    monkeypatch.setattr(LayerMerge, "unmerge", lambda self, merged, rows: right(self, merged, rows) * 1.01)
+    monkeypatch.setattr(LayerMerge, "unmerge", lambda self, *given, **named: right(self, *given, **named) * 1.01)
     with pytest.raises(MergeError, match=r"proj\.weight: unmerging does not give the original bits.*the arithmetic here differs"):
         tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert not (tmp_path / "back").exists()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from torchgraft.arithmetic.layer_merge import Applied
+from torchgraft.arithmetic.layer_merge import Applied, MergedRows, UndoTensors
 from torchgraft.arithmetic.precision import check_finite, exactly, tolerance, widened
 
 
@@ -21,21 +21,24 @@ class BiasMerge:
 
     kind = None
     by_rows = False
-    needed: Sequence[dict[str, Tensor]] = ()
 
     def __init__(self, name: str, stored: torch.dtype, written: torch.dtype, applied: Sequence[Applied]) -> None:
         self._name, self._stored, self._written, self._applied = name, stored, written, applied
 
-    def merged(self, original: Tensor, rows: slice) -> Tensor:
+    def undo_tensors(self) -> UndoTensors:
+        """Return an empty collector, because the correction of a bias needs no tensors of the method."""
+        return UndoTensors(0)
+
+    def merged(self, original: Tensor, rows: slice) -> MergedRows:
         """
         Raises:
             MergeError: an entry that was finite would become NaN or infinite.
         """
         result = self._sum(original).to(self._written)
         check_finite(self._name, result, original, [one.params for one in self._applied])
-        return result
+        return MergedRows(result)
 
-    def nearly(self, merged: Tensor, rows: slice) -> Tensor:
+    def nearly(self, merged: Tensor, rows: slice, needed: Sequence[Mapping[str, Tensor]], change: Tensor | None = None) -> Tensor:
         """The merge itself: the correction holds the whole difference."""
         return merged.to(self._stored)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from torchgraft.arithmetic.layer_merge import Applied, LayerMerge
+from torchgraft.arithmetic.layer_merge import Applied, LayerMerge, MergedRows, UndoTensors
 from torchgraft.arithmetic.precision import check_finite, exactly, replacement, tolerance
 from torchgraft.kinds.blocks import MemoryBlocks
 from torchgraft.kinds.kind import Kind, Shape
@@ -22,7 +22,6 @@ class TensorMerge:
         applied: the adapters that are merged into it.
         trained: an adapter's tensor that takes its place.
         start: what the adapters are merged into, canonical, where that is not the base's own weight.
-        needed: for each adapter, what unmerging needs; filled by merging.
     """
 
     def __init__(
@@ -36,7 +35,6 @@ class TensorMerge:
         *,
         trained: Tensor | None = None,
         start: Tensor | None = None,
-        needed: Sequence[dict[str, Tensor]] = (),
         device: torch.device | None = None,
     ) -> None:
         self.name, self.kind, self._stored, self._written = name, kind, stored, written
@@ -45,34 +43,41 @@ class TensorMerge:
         # What unmerging misses is put right, so it need not be finer than what is restored.
         coarse = stored.itemsize == 2 and all(one.hooks.method.additive for one in applied)
         self._back = torch.float32 if coarse else torch.float64
-        self._layer = LayerMerge(applied, kind.canonical_shape(shape)[0], needed, device) if applied and kind else None
+        self._layer = LayerMerge(applied, device) if applied and kind else None
+        self._rows = kind.canonical_shape(shape)[0] if kind else 0
 
     @property
     def by_rows(self) -> bool:
         """Whether it can be done by blocks of rows."""
         return self._layer is None or self._layer.by_rows
 
-    @property
-    def needed(self) -> Sequence[dict[str, Tensor]]:
-        return self._layer.needed if self._layer is not None else ()
+    def undo_tensors(self) -> UndoTensors:
+        """Return the collector for `MergedRows.needed`."""
+        return UndoTensors(len(self._applied), self._rows if self.by_rows else None)
 
-    def merged(self, original: Tensor, rows: slice) -> Tensor:
+    def merged(self, original: Tensor, rows: slice) -> MergedRows:
         """The rows of the merge.
 
         Raises:
             MergeError: an entry that was finite would become NaN or infinite.
         """
         if self._trained is not None:
-            return self._trained[rows]
-        weight = (original if self._start is None else self._start[rows]).to(torch.float64, copy=True)
-        result = (self._layer.merge(weight, rows) if self._layer is not None else weight).to(self._written)
-        check_finite(self.name, result, original, [one.params for one in self._applied])
-        return result
+            return MergedRows(self._trained[rows])
+        weight = original if self._start is None else self._start[rows]
+        result = self._layer.merge(weight, rows) if self._layer is not None else MergedRows(weight.to(torch.float64))
+        written = result.weight.to(self._written)
+        check_finite(self.name, written, original, [one.params for one in self._applied])
+        return result._replace(weight=written)
 
-    def nearly(self, merged: Tensor, rows: slice) -> Tensor:
-        """What arithmetic makes of the base's rows; a correction puts the rest right."""
-        weight = merged.to(self._back, copy=True)
-        return (self._layer.unmerge(weight, rows) if self._layer is not None else weight).to(self._stored)
+    def nearly(self, merged: Tensor, rows: slice, needed: Sequence[Mapping[str, Tensor]], change: Tensor | None = None) -> Tensor:
+        """What arithmetic makes of the base's rows; a correction puts the rest right.
+
+        Args:
+            needed: `UndoTensors.tensors`.
+            change: `MergedRows.change`, if it is available.
+        """
+        weight = self._layer.unmerge(merged, rows, self._back, needed, change) if self._layer is not None else merged.to(self._back)
+        return weight.to(self._stored)
 
     def expected(self, original: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """The rows of the merge by the method's own formula in float64, and how far from it each may be."""
@@ -84,26 +89,34 @@ class TensorMerge:
 
 
 @torch.no_grad()
-def merge_tensor(name: str, kind: Kind, applied: Applied, stored: Tensor, needed: dict[str, Tensor]) -> Tensor:
-    """`stored` with one adapter in it: a new tensor. `needed` is filled with what unmerging will need.
+def merge_tensor(name: str, kind: Kind, applied: Applied, stored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a new tensor, `stored` with one adapter merged into it, and the tensors that unmerging will need.
 
     Raises:
         MergeError: an entry that was finite would become NaN or infinite.
     """
-    merge = _in_memory(name, kind, applied, stored, needed)
-    return _by_blocks(merge, kind, stored, merge.merged)
+    merge = _in_memory(name, kind, applied, stored)
+    undo = merge.undo_tensors()
+
+    def change(original: Tensor, rows: slice) -> Tensor:
+        merged = merge.merged(original, rows)
+        undo.add(rows, merged.needed)
+        return merged.weight
+
+    result = _by_blocks(merge, kind, stored, change)
+    return result, undo.tensors[0]
 
 
 @torch.no_grad()
-def unmerge_tensor(kind: Kind, applied: Applied, merged: Tensor, needed: dict[str, Tensor]) -> Tensor:
+def unmerge_tensor(kind: Kind, applied: Applied, merged: Tensor, needed: Mapping[str, Tensor]) -> Tensor:
     """What arithmetic makes of the original weight: a new tensor."""
-    merge = _in_memory("", kind, applied, merged, needed)
-    return _by_blocks(merge, kind, merged, merge.nearly)
+    merge = _in_memory("", kind, applied, merged)
+    return _by_blocks(merge, kind, merged, lambda block, rows: merge.nearly(block, rows, [needed]))
 
 
-def _in_memory(name: str, kind: Kind, applied: Applied, stored: Tensor, needed: dict[str, Tensor]) -> TensorMerge:
+def _in_memory(name: str, kind: Kind, applied: Applied, stored: Tensor) -> TensorMerge:
     shape, dtype = tuple(stored.shape), stored.dtype
-    return TensorMerge(name, shape, dtype, dtype, kind, [applied], needed=[needed], device=stored.device)
+    return TensorMerge(name, shape, dtype, dtype, kind, [applied], device=stored.device)
 
 
 def _by_blocks(merge: TensorMerge, kind: Kind, stored: Tensor, change: Callable[[Tensor, slice], Tensor]) -> Tensor:
