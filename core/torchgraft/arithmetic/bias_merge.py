@@ -1,4 +1,4 @@
-"""How a layer's bias becomes that of the merge. It is small: it is worked on whole, and its original is kept whole."""
+"""Merge into a layer's bias. It is small, so it is merged as a whole, and its original is stored as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchgraft.arithmetic.precision import check_finite, exactly, tolerance, wi
 
 
 class BiasMerge:
-    """What `TensorMerge` is for a weight.
+    """The merge of adapters into one bias, with the interface of `TensorMerge`.
 
     Args:
         stored: its dtype in the base.
@@ -30,7 +30,8 @@ class BiasMerge:
         return UndoTensors(0)
 
     def merged(self, original: Tensor, rows: slice) -> MergedRows:
-        """
+        """Return the merged bias in the type of the merge.
+
         Raises:
             MergeError: an entry that was finite would become NaN or infinite.
         """
@@ -39,17 +40,17 @@ class BiasMerge:
         return MergedRows(result)
 
     def nearly(self, merged: Tensor, rows: slice, needed: Sequence[Mapping[str, Tensor]], change: Tensor | None = None) -> Tensor:
-        """The merge itself: the correction holds the whole difference."""
+        """Return the merged bias itself, because the correction stores the whole difference."""
         return merged.to(self._stored)
 
     def expected(self, original: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The bias in float64, and how far from it each entry of the merge may be."""
+        """Return the merged bias in float64, and the tolerance of each entry."""
         result = self._sum(original)
         return result, tolerance(self._written, result, original.double())
 
     @torch.no_grad()
     def _sum(self, original: Tensor) -> Tensor:
-        """One adapter after the other, in float64. The change of an additive one is what merging into zeros gives."""
+        """Merge one adapter after the other, in float64. The change of an additive adapter is the result of merging into zeros."""
         result = original.reshape(-1).double()
         with exactly(result):
             for one in self._applied:

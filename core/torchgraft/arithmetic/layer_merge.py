@@ -1,4 +1,4 @@
-"""The arithmetic of a merge: in float64, a few rows at a time."""
+"""The arithmetic of a merge into one layer, in float64, by blocks of rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Applied:
     config: Any
     params: Mapping[str, Tensor]
     factor: float = 1.0
-    """What its change is multiplied with. Only an additive method's can be."""
+    """Factor of the adapter's change. Other factors than 1 are possible with additive methods only."""
 
 
 class MergedRows(NamedTuple):
@@ -123,17 +123,17 @@ def _change_of(one: Applied, params: Mapping[str, Tensor], weight: Tensor, rows:
 
 
 def check_no_bias(name: str, one: Applied, rows: int) -> None:
-    """Of a layer that has no bias.
+    """Check that an adapter on a layer without a bias would not add one.
 
     Raises:
-        MergeError: the adapter would give it one.
+        MergeError: the adapter would add a bias.
     """
     if one.hooks.merges_bias and _biased(one, torch.zeros(rows, dtype=torch.float64)).count_nonzero():
-        raise MergeError(f"{name}: {one.hooks.method.name} adds to its bias and it has none, so there is nothing to merge into")
+        raise MergeError(f"{name}: {one.hooks.method.name} adds to the layer's bias, and the layer has none to merge into")
 
 
 def changes_bias(one: Applied, rows: int) -> bool:
-    """Whether the adapter changes a bias: with some options a method may leave it alone."""
+    """Whether the adapter changes a bias: with some options a method may not change it."""
     bias = torch.rand(rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return one.hooks.merges_bias and not _biased(one, bias.clone()).equal(bias)
 

@@ -1,4 +1,4 @@
-"""How one tensor becomes that of the merge, and back again, a few rows at a time."""
+"""Merge into one tensor and unmerge it, by blocks of rows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torchgraft.kinds.kind import Kind, Shape
 
 
 class TensorMerge:
-    """
+    """The merge of adapters into one tensor.
+
     Args:
         stored: its dtype in the base.
         written: its dtype in the merge.
-        kind: of the layer whose weight it is; None if nothing is merged into it.
+        kind: kind of the layer whose weight it is; None if nothing is merged into it.
         applied: the adapters that are merged into it.
-        trained: an adapter's tensor that takes its place.
-        start: what the adapters are merged into, canonical, where that is not the base's own weight.
+        trained: an adapter's tensor that replaces it.
+        start: the weight to merge into, canonical, if it is not the base's own weight.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class TensorMerge:
         self.name, self.kind, self._stored, self._written = name, kind, stored, written
         self._trained = None if trained is None else replacement(name, trained, shape, written).reshape(-1, 1)
         self._start, self._applied = start, applied
-        # What unmerging misses is put right, so it need not be finer than what is restored.
+        # A correction follows, so unmerging needs no more precision than the restored type.
         coarse = stored.itemsize == 2 and all(one.hooks.method.additive for one in applied)
         self._back = torch.float32 if coarse else torch.float64
         self._layer = LayerMerge(applied, device) if applied and kind else None
@@ -48,7 +49,7 @@ class TensorMerge:
 
     @property
     def by_rows(self) -> bool:
-        """Whether it can be done by blocks of rows."""
+        """Whether the merge can work on blocks of rows."""
         return self._layer is None or self._layer.by_rows
 
     def undo_tensors(self) -> UndoTensors:
@@ -56,7 +57,7 @@ class TensorMerge:
         return UndoTensors(len(self._applied), self._rows if self.by_rows else None)
 
     def merged(self, original: Tensor, rows: slice) -> MergedRows:
-        """The rows of the merge.
+        """Return the merged rows in the type of the merge.
 
         Raises:
             MergeError: an entry that was finite would become NaN or infinite.
@@ -70,7 +71,7 @@ class TensorMerge:
         return result._replace(weight=written)
 
     def nearly(self, merged: Tensor, rows: slice, needed: Sequence[Mapping[str, Tensor]], change: Tensor | None = None) -> Tensor:
-        """What arithmetic makes of the base's rows; a correction puts the rest right.
+        """Return the base's rows up to rounding, which a correction undoes.
 
         Args:
             needed: `UndoTensors.tensors`.
@@ -80,7 +81,7 @@ class TensorMerge:
         return weight.to(self._stored)
 
     def expected(self, original: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The rows of the merge by the method's own formula in float64, and how far from it each may be."""
+        """Return the merged rows by the method's own formula in float64, and the tolerance of each entry."""
         if self._trained is not None:
             return self._trained[rows].double(), torch.zeros(1)
         weight = original.double() if self._start is None else self._start[rows].double()
@@ -109,7 +110,7 @@ def merge_tensor(name: str, kind: Kind, applied: Applied, stored: Tensor) -> tup
 
 @torch.no_grad()
 def unmerge_tensor(kind: Kind, applied: Applied, merged: Tensor, needed: Mapping[str, Tensor]) -> Tensor:
-    """What arithmetic makes of the original weight: a new tensor."""
+    """Return a new tensor, the original weight up to rounding."""
     merge = _in_memory("", kind, applied, merged)
     return _by_blocks(merge, kind, merged, lambda block, rows: merge.nearly(block, rows, [needed]))
 
@@ -130,7 +131,7 @@ def _by_blocks(merge: TensorMerge, kind: Kind, stored: Tensor, change: Callable[
 
 @torch.no_grad()
 def reference(applied: Sequence[Applied], weight: Tensor, rows: slice) -> Tensor:
-    """What `LayerMerge` computes, one adapter after the other and in float64. A factor f takes f of the change."""
+    """Compute the result of `LayerMerge` one adapter after the other, in float64. A factor f adds f times the change."""
     params = [{key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in one.params.items()} for one in applied]
     result = weight
     for one, own in zip(applied, params, strict=True):

@@ -1,4 +1,4 @@
-"""The kinds of torch's own layers, and of transformers' transposed linear one."""
+"""The kinds of torch's own layers, and of Conv1D of transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Linear(Kind):
 
     @property
     def returns_new(self) -> bool:
-        """Whether the layer's own forward returns a tensor that nothing else holds, and that autograd lets be written to.
+        """Whether the layer's own forward returns a tensor that nothing else references and autograd allows to change in place.
 
         A kind that derives from this one declares it itself, because its layers may store what they return.
         """
@@ -70,13 +70,13 @@ class Linear(Kind):
         return base(rows) if stored is None else self.product_with(module, rows, stored)
 
     def product_with(self, module: nn.Module, rows: Tensor, stored: Tensor) -> Tensor:
-        """The layer's own output for `rows`, by a weight that `weight_for_product` gave."""
-        raise NotImplementedError(f"{self.name} gives no weight for its product")
+        """Return the layer's own output for `rows`, computed with the result of `weight_for_product`."""
+        raise NotImplementedError(f"{self.name} provides no weight for its product")
 
     def _is_alone(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> bool:
-        """Whether what `base` returns for the rows of `x` can be written to, and is the same to the last bit as for `x`.
+        """Whether the update may be added in place: base(x) returns a new tensor, and flattening `x` to rows keeps its bits.
 
-        A view of the output is not written to: autograd would make two copies of it. And torch does another sum where x is
+        A view of the output is not written to, because autograd would copy it twice. torch sums in another order where `x` is
         strided or has more dimensions.
         """
         plain = x.dim() in (2, 3) and not x.is_nested and x.is_contiguous()
@@ -87,12 +87,12 @@ class Linear(Kind):
         from torch import nn
 
         layers = (nn.Linear(12, 20), nn.Linear(20, 12, bias=False), nn.Linear(16, 16, bias=False), nn.Linear(16, 16))
-        shapes = ((5,), (2, 3), (5,), (2, 3))  # of what comes before the features: in a transformer, batch and sequence
+        shapes = ((5,), (2, 3), (5,), (2, 3))  # of the dimensions before the features: in a transformer, batch and sequence
         return [(layer, torch.randn(*shape, layer.in_features)) for layer, shape in zip(layers, shapes, strict=True)]
 
 
 class Transposed(Kind):
-    """A weight that is stored (in, out)."""
+    """A kind whose weight is stored (in, out)."""
 
     def canonical_shape(self, shape: Shape) -> tuple[int, int]:
         return (shape[1], shape[0])
@@ -105,14 +105,14 @@ class Transposed(Kind):
 
 
 class Conv1D(Transposed, Linear):
-    """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): GPT-2 and its kin."""
+    """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): used in GPT-2."""
 
     name = "Conv1D"
 
     def module_class(self) -> type[nn.Module] | None:
         import sys
 
-        # Without transformers loaded there can be no such module, and loading it takes seconds.
+        # If transformers is not loaded, no such module exists; loading it would take seconds.
         library = sys.modules.get("transformers.pytorch_utils")
         return getattr(library, "Conv1D", None)
 
@@ -124,13 +124,13 @@ class Conv1D(Transposed, Linear):
         for out, width in ((20, 12), (16, 16)):
             layer = Layer(out, width)  # type: ignore[no-untyped-call]
             torch.nn.init.normal_(layer.weight, std=0.2)
-            torch.nn.init.normal_(layer.bias)  # it would be zero, and a bias that is forgotten would not show
+            torch.nn.init.normal_(layer.bias)  # not zero, so that a bias that is forgotten shows
             found.append((layer, torch.randn(5, width)))
         return found
 
 
 class Embedding(Transposed):
-    """nn.Embedding: weight (V, d). As a matrix it maps a one-hot vector of V to d, so its canonical form is (d, V)."""
+    """nn.Embedding: weight (V, d). As a matrix it maps a one-hot vector of length V to d values, so its canonical form is (d, V)."""
 
     name = "Embedding"
 
@@ -146,7 +146,7 @@ class Embedding(Transposed):
         return x
 
     def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
-        """Looks up columns of A. Indices cannot be dropped, so dropout falls on the columns that were looked up."""
+        """Look up columns of A. Indices cannot be dropped, so dropout is applied to those columns."""
         from torch.nn import functional as F
 
         columns = F.embedding(x, a.t(), module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)  # type: ignore[arg-type]
@@ -174,10 +174,10 @@ class Embedding(Transposed):
 
 
 class ConvNd(Kind):
-    """nn.Conv1d, 2d, 3d with any stride, padding (mode), dilation and groups.
+    """nn.Conv1d, Conv2d and Conv3d with any stride, padding (mode), dilation and groups.
 
-    Weight (out, in/groups, k…); canonical (out, in/groups·∏k). In a grouped layer every group applies the same A to its
-    own inputs and its own rows of B, so B·A has the layer's own shape and merges like any other.
+    The weight is (out, in/groups, k…); its canonical form is (out, in/groups·∏k). In a grouped layer, every group applies the same
+    A to its own inputs, and its own rows of B. So B·A has the layer's own shape and merges like that of any other layer.
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -206,7 +206,7 @@ class ConvNd(Kind):
         return vector.view(-1, *(1,) * self.dimensions)
 
     def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
-        """(N, in, …) → (N, groups·r, …), by the layer's own convolution with A's rows as filters, once per group."""
+        """Run the layer's own convolution with A's rows as filters, once per group: (N, in, …) → (N, groups·r, …)."""
         filters = a.reshape(len(a), *module.weight.shape[1:])  # type: ignore[index]
         filters = filters.repeat(module.groups, *(1,) * (filters.dim() - 1))  # type: ignore[call-overload]
         inputs = dropped(x.to(a.dtype), dropout, module)
@@ -214,7 +214,7 @@ class ConvNd(Kind):
         return out
 
     def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
-        """(N, groups·r, …) → (N, out, …), by a convolution of kernel size 1."""
+        """Run a convolution of kernel size 1: (N, groups·r, …) → (N, out, …)."""
         from torch.nn import functional as F
 
         convolution = getattr(F, f"conv{self.dimensions}d")
@@ -264,7 +264,7 @@ def _sum(h: Tensor, u: Tensor, change: LowRank, in_place: bool) -> Tensor:
 
 
 def _is_own_forward(base: Callable[[Tensor], Tensor], cls: type[nn.Module] | None) -> bool:
-    """Whether `base` is the plain forward of a layer of class `cls`, with no other adapter between."""
+    """Whether `base` is the plain forward of a layer of class `cls`, with no other adapter in between."""
     return cls is not None and getattr(base, "__func__", None) is cls.forward
 
 
