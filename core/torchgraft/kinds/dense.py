@@ -52,12 +52,12 @@ class Linear(Kind):
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return self.project_in(module, x, matrix)
 
-    def add_low_rank(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], change: LowRank) -> Tensor:
+    def _add_low_rank(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], change: LowRank) -> Tensor:
         """Add the update to the layer's output by one product where possible, so that no tensor (…, out) is created for it."""
         from torchgraft.kinds.autograd import autocast, is_wider
 
         if x.is_nested:
-            return super().add_low_rank(module, x, base, change)
+            return super()._add_low_rank(module, x, base, change)
         in_place, rows = self._is_alone(x, base), _rows(x)
         h = self._own_output(module, rows, base, change.stored) if in_place else _rows(base(x))
         if rows.dtype == h.dtype and is_wider(change.a, h) and not traced() and not autocast(h):

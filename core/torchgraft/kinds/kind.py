@@ -116,9 +116,9 @@ class Kind(ABC):
         The update is computed in A's type, and in autocast's under autocast. `gain` and `bias` have the shape that `broadcast`
         returns, and `stored` is the result of `weight_for_product`.
         """
-        return self.add_low_rank(module, x, base, LowRank(a, b, scale, dropout, gain, bias, stored))
+        return self._add_low_rank(module, x, base, LowRank(a, b, scale, dropout, gain, bias, stored))
 
-    def add_low_rank(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], change: LowRank) -> Tensor:
+    def _add_low_rank(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], change: LowRank) -> Tensor:
         """Compute `low_rank` from its arguments as one value. A kind that knows a faster way overrides this method."""
         h = base(x)
         update = self.project_out(module, change.scale * self.project_in(module, x, change.a, change.dropout), change.b)
