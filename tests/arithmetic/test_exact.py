@@ -58,12 +58,12 @@ def test_a_correction_restores_any_bits_and_holds_no_more_than_the_differences(p
     row_major = bits(original).numpy().tobytes()
     assert expected == hashlib.sha256(row_major).hexdigest()
 
-    with pytest.raises(tg.MergeError, match=r"layer: unmerging does not give the original bits.*Nothing was changed"):
+    with pytest.raises(tg.MergeError, match=r"layer: unmerging does not restore the original bits.*Nothing was changed"):
         restore(nearly, correction, hashlib.sha256(row_major + b"0").hexdigest(), "layer")
     if original.numel() and dtype != torch.bool:
         flipped = bits(nearly)
         flipped.view(-1)[bit % original.numel()] ^= 1
-        with pytest.raises(tg.MergeError, match="layer: unmerging does not give the original bits"):
+        with pytest.raises(tg.MergeError, match="layer: unmerging does not restore the original bits"):
             restore(flipped.view(dtype), correction, expected, "layer")
 
 
@@ -90,5 +90,5 @@ def test_a_correction_of_another_tensor_is_refused() -> None:
         replace(correction, wide=correction.wide[1:]),
         make_correction(torch.cat([original, original]), torch.cat([nearly, nearly])),
     ):
-        with pytest.raises(ValueError, match="not one of this tensor"):
+        with pytest.raises(ValueError, match="does not fit this tensor"):
             correct(nearly, broken)

@@ -122,7 +122,7 @@ def test_which_factor_gets_a_gradient_first(init: str, moves: str) -> None:
 
 @pytest.mark.parametrize("init", ["zero", "both-zero", "both zero"])
 def test_both_zero_is_refused_with_the_reason(init: str) -> None:
-    with pytest.raises(tg.ConfigError, match=r"gradients of both are zero, for ever.*use kaiming"):
+    with pytest.raises(tg.ConfigError, match=r"gradients of both are always zero.*use kaiming"):
         tg.apply(Plain(), "lora", init=init)
 
 

@@ -180,7 +180,7 @@ def test_a_dtype_that_cannot_hold_a_value_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         model.embed_tokens.weight[3, 2] = 1e6
     base, adapter = write_model(tmp_path / "base", model), make_adapter(tmp_path / "a")
-    with pytest.raises(MergeError, match=r"embed_tokens\.weight: it has values beyond the range of torch\.float16"):
+    with pytest.raises(MergeError, match=r"embed_tokens\.weight: it has values outside the range of torch\.float16"):
         tg.merge_checkpoint(base, adapter, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -244,8 +244,8 @@ def test_arithmetic_that_differs_from_the_merge_s_is_noticed(tmp_path: Path, mon
     from torchgraft.arithmetic.layer_merge import LayerMerge
 
     right = LayerMerge.unmerge
-    monkeypatch.setattr(LayerMerge, "unmerge", lambda self, merged, rows: right(self, merged, rows) * 1.01)
-    with pytest.raises(MergeError, match=r"proj\.weight: unmerging does not give the original bits.*the arithmetic here differs"):
+    monkeypatch.setattr(LayerMerge, "unmerge", lambda self, *given, **named: right(self, *given, **named) * 1.01)
+    with pytest.raises(MergeError, match=r"proj\.weight: unmerging does not restore the original bits.*the arithmetic here differs"):
         tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -398,7 +398,7 @@ def test_unmerging_proves_what_was_written(tmp_path: Path, monkeypatch: pytest.M
     tg.merge_checkpoint(base, adapter, tmp_path / "out")
     right = file_tensors.write_exactly
     monkeypatch.setattr(file_tensors, "write_exactly", lambda target, data, offset: right(target, memoryview(bytes(data)[::-1]), offset))
-    with pytest.raises(MergeError, match="does not give the original bits"):
+    with pytest.raises(MergeError, match="does not restore the original bits"):
         tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
 
 

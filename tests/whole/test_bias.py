@@ -278,7 +278,7 @@ def test_what_is_added_where_there_is_no_bias_is_not_merged(checkpoint: Path, tm
             lambda: tg.merge_checkpoint(checkpoint, tmp_path / "adapter", tmp_path / "merged"),
             lambda: tg.export_adapter(tmp_path / "adapter", tmp_path / "merged", "lora", base=checkpoint, rank=2),
         ):
-            with pytest.raises(tg.MergeError, match=r"b\.o_proj: everywhere adds to its bias and it has none"):
+            with pytest.raises(tg.MergeError, match=r"b\.o_proj: everywhere adds to the layer's bias, and the layer has none"):
                 merge()
         assert not (tmp_path / "merged").exists()
     finally:

@@ -1,7 +1,7 @@
-"""Undoing a merge to the last bit.
+"""Undo a merge bit for bit.
 
-Subtracting what was added does not give the old bits back: rounding lost some. So a merge also computes what arithmetic
-would restore, and records where that misses: a sparse set of entries, and a hash of the whole that proves the result.
+Subtracting the change does not restore the old bits, because rounding lost some. So a merge also computes what subtraction
+would restore, and records a sparse correction of the entries that differ, and a hash of the whole to verify the result.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from torchgraft.errors import MergeError
 from torchgraft.hashes import row_major, sha256_of_tensor
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer type of each element size: bits are compared, not values, for NaN and -0.0 are bits too."""
+"""Integer type of each element size. Bits are compared, not values, because NaN and -0.0 must be restored too."""
 
 Numbers = np.ndarray[Any, Any]
 
 SKIP = 255
-"""A gap that passes over 255 entries and corrects none."""
+"""Gap code: skip 255 entries without a correction; the next gap continues from there."""
 LARGE = -128
-"""A step that does not fit into a byte: the next of `wide` has it."""
+"""Escape code: the difference does not fit in int8 and is the next value of `wide`."""
 
 
 @dataclass(frozen=True)
 class Correction:
-    """How to turn a nearly restored tensor into the original: what to add to its bits, read as integers, and where.
+    """The differences between the bits of a nearly restored tensor and the original, read as integers, and their places.
 
-    Most misses are a step or two of the last place, and rare: two bytes each. Where there are so many that `wide` for every
-    entry costs less, `gap` and `step` are empty.
+    Most differences are one or two units in the last place, and rare: two bytes each. If there are so many that storing `wide`
+    for every entry costs less, `gap` and `step` are empty.
     """
 
     gap: Numbers
-    """uint8: how many entries lie between one corrected entry and the next; SKIP for longer ways."""
+    """Number of entries between one corrected entry and the next, uint8; SKIP for longer distances."""
     step: Numbers
-    """int8, one for each corrected entry."""
+    """Differences of the corrected entries, int8; LARGE if they do not fit."""
     wide: Numbers
-    """The steps that are LARGE, as integers of the tensor's element size."""
+    """Differences whose step is LARGE, as integers of the tensor's element size."""
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +48,7 @@ class Correction:
 
 
 def make_correction(original: Tensor, nearly: Tensor) -> Correction:
-    """Where `nearly` differs from `original`; same shape and dtype."""
+    """Return the correction that turns `nearly` into `original`. Both have the same shape and dtype."""
     bits, near = _integers(original), _integers(nearly)
     at = np.flatnonzero(bits != near)
     difference = bits[at] - near[at]
@@ -60,10 +60,10 @@ def make_correction(original: Tensor, nearly: Tensor) -> Correction:
 
 
 def correct(nearly: Tensor, correction: Correction) -> Tensor:
-    """The original, from the nearly restored tensor: a new one, on the CPU.
+    """Return the original as a new tensor on the CPU, from the nearly restored one.
 
     Raises:
-        ValueError: the correction is not one of a tensor of this size.
+        ValueError: the correction does not fit a tensor of this size.
     """
     bits = _integers(nearly).copy()
     gap, step, wide = correction.gap, correction.step, correction.wide
@@ -73,17 +73,17 @@ def correct(nearly: Tensor, correction: Correction) -> Tensor:
         at = np.cumsum(np.where(gap == SKIP, SKIP, gap.astype(np.int64) + 1))[gap != SKIP] - 1
         difference = step.astype(bits.dtype)
         if at.size != step.size or np.count_nonzero(step == LARGE) != wide.size or (at.size and at[-1] >= bits.size):
-            raise ValueError("the correction is not one of this tensor")
+            raise ValueError("the correction does not fit this tensor")
         difference[step == LARGE] = wide
         bits[at] += difference
     return torch.from_numpy(bits).view(nearly.dtype).reshape(nearly.shape)
 
 
 def restore(nearly: Tensor, correction: Correction, digest_: str, where: str) -> Tensor:
-    """As `correct`, and the result has the hash `digest_`.
+    """Correct `nearly`, and verify that the SHA-256 of the result is `digest_`.
 
     Raises:
-        MergeError: it has not.
+        MergeError: the SHA-256 is another one.
     """
     restored = correct(nearly, correction)
     if sha256_of_tensor(restored) != digest_:
@@ -93,7 +93,7 @@ def restore(nearly: Tensor, correction: Correction, digest_: str, where: str) ->
 
 def not_restored(where: str) -> MergeError:
     return MergeError(
-        f"{where}: unmerging does not give the original bits: the merged weight was changed since, or the arithmetic "
+        f"{where}: unmerging does not restore the original bits: the merged weight was changed since, or the arithmetic "
         "here differs from where it was merged. Nothing was changed; take the weights from the base model"
     )
 
@@ -110,6 +110,6 @@ def _gaps(at: Numbers) -> Numbers:
 
 
 def _integers(tensor: Tensor) -> Numbers:
-    """The flat tensor's bits; no copy if it lies so on the CPU."""
+    """Return the bits of the flattened tensor. A contiguous tensor on the CPU is not copied."""
     found: Numbers = row_major(tensor).view(BITS[tensor.element_size()]).numpy().reshape(-1)
     return found

@@ -136,7 +136,7 @@ def _merge_part(name: str, module: nn.Module, part: Part) -> None:
 
 
 def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
-    kind, applied, needed = part.site.kind, _applied(part), dict[str, Tensor]()
+    kind, applied = part.site.kind, _applied(part)
     bias = _merged_bias(name, applied, module, part.site.out_features)
     undo = Undo(
         snapshot=_snapshot(part.tensors()),
@@ -150,7 +150,7 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
         part.undo = undo
         return
     original = part.site.stored_weight()
-    merged = merge_tensor(name, kind, applied, original, needed)
+    merged, needed = merge_tensor(name, kind, applied, original)
     undo = replace(undo, merged={**undo.merged, "weight": sha256_of_tensor(merged)})
     if kind.quantized and not isinstance(module, Dequantized):
         # Codes have no room for the result: the layer is dense until it is unmerged.
@@ -176,7 +176,7 @@ def _merged_bias(name: str, applied: Applied, module: nn.Module, rows: int) -> d
     if bias is None or not applied.hooks.merges_bias:
         return {}
     original = bias.detach()
-    return {"bias": BiasMerge(f"{name}.bias", bias.dtype, bias.dtype, [applied]).merged(original, slice(None))}
+    return {"bias": BiasMerge(f"{name}.bias", bias.dtype, bias.dtype, [applied]).merged(original, slice(None)).weight}
 
 
 def _merge_copy(name: str, module: nn.Module, part: TrainedCopy) -> None:
@@ -200,7 +200,7 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
     elif isinstance(part, SitePart) and undo.correction is not None:
         weight: Tensor = module.weight  # type: ignore[assignment]
         applied = Applied(part.hooks, part.config, {**part.params(), **undo.snapshot})
-        nearly = unmerge_tensor(part.site.kind, applied, weight.detach(), dict(undo.needed))
+        nearly = unmerge_tensor(part.site.kind, applied, weight.detach(), undo.needed)
         _write(own_state(module), {"weight": restore(nearly, undo.correction, undo.original, name), **undo.originals})
     elif isinstance(part, SitePart):
         _write(module._parameters, undo.originals)  # type: ignore[arg-type]

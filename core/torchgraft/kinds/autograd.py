@@ -1,4 +1,4 @@
-"""Products with a backward of their own, which keep less for it than autograd would."""
+"""Products with a custom backward, for which they save less than autograd would."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 
 class WideLowRank(torch.autograd.Function):
-    """gain·(h + s·(x·Aᵀ)·Bᵀ) + shift for rows, computed in the type of A and B and rounded once, to that of `h`.
+    """Computes gain·(h + s·(x·Aᵀ)·Bᵀ) + shift for rows in the type of A and B, and rounds once, to the type of `h`.
 
         h (rows, out), x (rows, in), A (r, in), B (out, r); gain and shift (out,), or None for 1 and 0
 
-    Left to autograd, copies in the wide type of `x` and of the sum would be kept for backward, in each layer. Here `x` and `h`
-    are kept as they are, and widened again. The gradient can be differentiated in turn.
+    Autograd would save copies of `x` and of the sum in the wide type for backward, in each layer. This function saves `x` and `h`
+    in their own type and widens them again. The gradient can be differentiated in turn.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class WideLowRank(torch.autograd.Function):
         h, x, u, a, b, gain = ctx.saved_tensors
         grad, wide, grad_gain = grads[0].to(b.dtype), x.to(a.dtype), None
         _, needs_x, needs_a, needs_b, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # what was kept has no graph
+        if torch.is_grad_enabled():  # the saved u has no graph
             u = wide @ a.t()
         grad_shift = grad.sum(0) if ctx.needs_input_grad[6] else None
         if gain is not None:
@@ -55,14 +55,14 @@ def is_wider(a: Tensor, h: Tensor) -> bool:
 
 
 def autocast(x: Tensor) -> bool:
-    """Whether products on the device of `x` are narrowed by autocast."""
+    """Whether autocast narrows products on the device of `x`."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 class Product(torch.autograd.Function):
-    """x·Wᵀ + bias with the weight at hand. It is not kept for backward, but made again there: the same weight.
+    """Computes x·Wᵀ + bias with a weight that is already dequantized. It is not saved for backward, which dequantizes it again.
 
-    bitsandbytes rounds it in backward to the type that it was quantised from.
+    In its own backward, bitsandbytes rounds the weight to the type that it was quantized from.
     """
 
     @staticmethod

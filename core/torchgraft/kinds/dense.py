@@ -1,13 +1,12 @@
-"""The kinds of torch's own layers, and of transformers' transposed linear one."""
+"""The kinds of torch's own layers, and of Conv1D of transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from torchgraft.kinds.kind import Kind, Shape, dropped, traced, with_gain
+from torchgraft.kinds.kind import Kind, LowRank, Shape, dropped, traced, with_gain
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,8 +16,14 @@ class Linear(Kind):
     """nn.Linear: weight (out, in)."""
 
     name = "Linear"
-    returns_new = False
-    """Whether the layer's own forward returns a tensor that nothing else holds, and that autograd lets be written to."""
+
+    @property
+    def returns_new(self) -> bool:
+        """Whether the layer's own forward returns a tensor that nothing else references and autograd allows to change in place.
+
+        A kind that derives from this one declares it itself, because its layers may store what they return.
+        """
+        return type(self) is Linear
 
     def module_class(self) -> type[nn.Module] | None:
         from torch import nn
@@ -47,48 +52,31 @@ class Linear(Kind):
     def project(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return self.project_in(module, x, matrix)
 
-    def low_rank(
-        self,
-        module: nn.Module,
-        x: Tensor,
-        base: Callable[[Tensor], Tensor],
-        a: Tensor,
-        b: Tensor,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        gain: Tensor | None = None,
-        bias: Tensor | None = None,
-        stored: Tensor | None = None,
-    ) -> Tensor:
-        """As in `Kind`, by one product that adds to what the layer returned: no tensor of (…, out) is made for the update."""
-        from torch.nn import functional as F
-
-        from torchgraft.kinds.autograd import autocast, is_wider, wide_low_rank
+    def _add_low_rank(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor], change: LowRank) -> Tensor:
+        """Add the update to the layer's output by one product where possible, so that no tensor (…, out) is created for it."""
+        from torchgraft.kinds.autograd import autocast, is_wider
 
         if x.is_nested:
-            return super().low_rank(module, x, base, a, b, scale, dropout, gain, bias)
-        alone, rows = self._is_alone(x, base), _rows(x)
-        own = base if stored is None else partial(self.product_with, module, stored=stored)
-        h = own(rows) if alone else _rows(base(x))
-        if rows.dtype == h.dtype and is_wider(a, h) and not traced() and not autocast(h):
-            shift = None if gain is None or bias is None else (1 - gain) * bias
-            y = wide_low_rank(h, dropped(rows, dropout, module), a, b, scale, gain, shift)
+            return super()._add_low_rank(module, x, base, change)
+        in_place, rows = self._is_alone(x, base), _rows(x)
+        h = self._own_output(module, rows, base, change.stored) if in_place else _rows(base(x))
+        if rows.dtype == h.dtype and is_wider(change.a, h) and not traced() and not autocast(h):
+            y = _wide_sum(h, dropped(rows, change.dropout, module), change)
         else:
-            u = self.project_in(module, rows, a, dropout)
-            # Under autocast u is of h's type, and B is not; it leaves the two sums alone, and would narrow B.
-            add = h.addmm_ if alone else h.addmm
-            y = add(u, b.to(h.dtype).t(), alpha=scale) if u.dtype == h.dtype else h + F.linear(scale * u, b)
-            y = with_gain(y, gain, bias).to(h.dtype)
+            y = _sum(h, self.project_in(module, rows, change.a, change.dropout), change, in_place)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
+    def _own_output(self, module: nn.Module, rows: Tensor, base: Callable[[Tensor], Tensor], stored: Tensor | None) -> Tensor:
+        return base(rows) if stored is None else self.product_with(module, rows, stored)
+
     def product_with(self, module: nn.Module, rows: Tensor, stored: Tensor) -> Tensor:
-        """The layer's own output for `rows`, by a weight that `weight_for_product` gave."""
-        raise NotImplementedError(f"{self.name} gives no weight for its product")
+        """Return the layer's own output for `rows`, computed with the result of `weight_for_product`."""
+        raise NotImplementedError(f"{self.name} provides no weight for its product")
 
     def _is_alone(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> bool:
-        """Whether what `base` returns for the rows of `x` can be written to, and is the same to the last bit as for `x`.
+        """Whether the update may be added in place: base(x) returns a new tensor, and flattening `x` to rows keeps its bits.
 
-        A view of the output is not written to: autograd would make two copies of it. And torch does another sum where x is
+        A view of the output is not written to, because autograd would copy it twice. torch sums in another order where `x` is
         strided or has more dimensions.
         """
         plain = x.dim() in (2, 3) and not x.is_nested and x.is_contiguous()
@@ -99,12 +87,12 @@ class Linear(Kind):
         from torch import nn
 
         layers = (nn.Linear(12, 20), nn.Linear(20, 12, bias=False), nn.Linear(16, 16, bias=False), nn.Linear(16, 16))
-        shapes = ((5,), (2, 3), (5,), (2, 3))  # of what comes before the features: in a transformer, batch and sequence
+        shapes = ((5,), (2, 3), (5,), (2, 3))  # of the dimensions before the features: in a transformer, batch and sequence
         return [(layer, torch.randn(*shape, layer.in_features)) for layer, shape in zip(layers, shapes, strict=True)]
 
 
 class Transposed(Kind):
-    """A weight that is stored (in, out)."""
+    """A kind whose weight is stored (in, out)."""
 
     def canonical_shape(self, shape: Shape) -> tuple[int, int]:
         return (shape[1], shape[0])
@@ -117,14 +105,14 @@ class Transposed(Kind):
 
 
 class Conv1D(Transposed, Linear):
-    """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): GPT-2 and its kin."""
+    """transformers.pytorch_utils.Conv1D, a linear layer whose weight is stored (in, out): used in GPT-2."""
 
     name = "Conv1D"
 
     def module_class(self) -> type[nn.Module] | None:
         import sys
 
-        # Without transformers loaded there can be no such module, and loading it takes seconds.
+        # If transformers is not loaded, no such module exists; loading it would take seconds.
         library = sys.modules.get("transformers.pytorch_utils")
         return getattr(library, "Conv1D", None)
 
@@ -136,13 +124,13 @@ class Conv1D(Transposed, Linear):
         for out, width in ((20, 12), (16, 16)):
             layer = Layer(out, width)  # type: ignore[no-untyped-call]
             torch.nn.init.normal_(layer.weight, std=0.2)
-            torch.nn.init.normal_(layer.bias)  # it would be zero, and a bias that is forgotten would not show
+            torch.nn.init.normal_(layer.bias)  # not zero, so that a bias that is forgotten shows
             found.append((layer, torch.randn(5, width)))
         return found
 
 
 class Embedding(Transposed):
-    """nn.Embedding: weight (V, d). As a matrix it maps a one-hot vector of V to d, so its canonical form is (d, V)."""
+    """nn.Embedding: weight (V, d). As a matrix it maps a one-hot vector of length V to d values, so its canonical form is (d, V)."""
 
     name = "Embedding"
 
@@ -158,7 +146,7 @@ class Embedding(Transposed):
         return x
 
     def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
-        """Looks up columns of A. Indices cannot be dropped, so dropout falls on the columns that were looked up."""
+        """Look up columns of A. Indices cannot be dropped, so dropout is applied to those columns."""
         from torch.nn import functional as F
 
         columns = F.embedding(x, a.t(), module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)  # type: ignore[arg-type]
@@ -186,10 +174,10 @@ class Embedding(Transposed):
 
 
 class ConvNd(Kind):
-    """nn.Conv1d, 2d, 3d with any stride, padding (mode), dilation and groups.
+    """nn.Conv1d, Conv2d and Conv3d with any stride, padding (mode), dilation and groups.
 
-    Weight (out, in/groups, k…); canonical (out, in/groups·∏k). In a grouped layer every group applies the same A to its
-    own inputs and its own rows of B, so B·A has the layer's own shape and merges like any other.
+    The weight is (out, in/groups, k…); its canonical form is (out, in/groups·∏k). In a grouped layer, every group applies the same
+    A to its own inputs, and its own rows of B. So B·A has the layer's own shape and merges like that of any other layer.
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -218,7 +206,7 @@ class ConvNd(Kind):
         return vector.view(-1, *(1,) * self.dimensions)
 
     def project_in(self, module: nn.Module, x: Tensor, a: Tensor, dropout: float = 0.0) -> Tensor:
-        """(N, in, …) → (N, groups·r, …), by the layer's own convolution with A's rows as filters, once per group."""
+        """Run the layer's own convolution with A's rows as filters, once per group: (N, in, …) → (N, groups·r, …)."""
         filters = a.reshape(len(a), *module.weight.shape[1:])  # type: ignore[index]
         filters = filters.repeat(module.groups, *(1,) * (filters.dim() - 1))  # type: ignore[call-overload]
         inputs = dropped(x.to(a.dtype), dropout, module)
@@ -226,7 +214,7 @@ class ConvNd(Kind):
         return out
 
     def project_out(self, module: nn.Module, h: Tensor, b: Tensor) -> Tensor:
-        """(N, groups·r, …) → (N, out, …), by a convolution of kernel size 1."""
+        """Run a convolution of kernel size 1: (N, groups·r, …) → (N, out, …)."""
         from torch.nn import functional as F
 
         convolution = getattr(F, f"conv{self.dimensions}d")
@@ -253,15 +241,31 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _wide_sum(h: Tensor, rows: Tensor, change: LowRank) -> Tensor:
+    """Return the changed output where A and B have a wider type than `h`."""
+    from torchgraft.kinds.autograd import wide_low_rank
+
+    gain, bias = change.gain, change.bias
+    shift = None if gain is None or bias is None else (1 - gain) * bias
+    return wide_low_rank(h, rows, change.a, change.b, change.scale, gain, shift)
+
+
+def _sum(h: Tensor, u: Tensor, change: LowRank, in_place: bool) -> Tensor:
+    """Return the changed output, from u = A·x. With `in_place`, `h` may be written to."""
+    from torch.nn import functional as F
+
+    if u.dtype == h.dtype:
+        # Under autocast u is of h's type, and B is not; autocast does not apply to addmm_ and addmm, and would narrow B.
+        add = h.addmm_ if in_place else h.addmm
+        y = add(u, change.b.to(h.dtype).t(), alpha=change.scale)
+    else:
+        y = h + F.linear(change.scale * u, change.b)
+    return with_gain(y, change.gain, change.bias).to(h.dtype)
+
+
 def _is_own_forward(base: Callable[[Tensor], Tensor], cls: type[nn.Module] | None) -> bool:
-    """Whether `base` is the plain forward of a layer of class `cls`, with no other adapter between."""
+    """Whether `base` is the plain forward of a layer of class `cls`, with no other adapter in between."""
     return cls is not None and getattr(base, "__func__", None) is cls.forward
 
 
-class PlainLinear(Linear):
-    """nn.Linear itself, where kinds that derive from `Linear` may have layers that keep what they return."""
-
-    returns_new = True
-
-
-KINDS: tuple[Kind, ...] = (PlainLinear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))
+KINDS: tuple[Kind, ...] = (Linear(), Conv1D(), Embedding(), ConvNd(1), ConvNd(2), ConvNd(3))

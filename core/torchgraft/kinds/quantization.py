@@ -1,4 +1,4 @@
-"""How a weight is stored in 4 bits. Without torch, for it serves estimates."""
+"""Settings of 4-bit weights. This module imports no torch, because estimates of memory use it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torchgraft.errors import ConfigError
 
 BITS_OF_SCALES = {True: 8 + 32 / 256, False: 32}
-"""Bits for each block's scale: with double quantisation 8, and a float32 for each 256 of them."""
+"""Bits for each block's scale. With double quantization (True): 8, and a float32 for each 256 scales."""
 
 ALLOWED: dict[str, tuple[object, ...]] = {
     "type": ("nf4", "fp4"),
@@ -21,17 +21,17 @@ ALLOWED: dict[str, tuple[object, ...]] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a weight is stored in 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
+    """The settings of a 4-bit weight (Dettmers et al. 2023, arXiv 2305.14314).
 
     Each block of `block_size` entries, in row-major order, is divided by its largest magnitude and rounded to the 16
-    values of `type`; with `double` the blocks' scales are quantised in turn, to 8 bits.
+    values of `type`; with `double` the blocks' scales are quantized in turn, to 8 bits.
     """
 
     type: Literal["nf4", "fp4"] = "nf4"
     double: bool = True
     block_size: int = 64
     compute_dtype: str = "bfloat16"
-    """What weights are dequantised to in forward."""
+    """Dtype to which weights are dequantized in a forward."""
 
     def __post_init__(self) -> None:
         for name, allowed in ALLOWED.items():
@@ -40,17 +40,17 @@ class Quantization:
 
     @staticmethod
     def recorded(how: Mapping[str, Any]) -> tuple[Quantization, str]:
-        """What an adapter's record says of one layer, and the dtype that was quantised.
+        """Return the settings that an adapter's record contains for one layer, and the dtype that was quantized.
 
         Raises:
-            ConfigError: it is not known here.
+            ConfigError: the dtype or a setting is not supported.
         """
         if how.get("from") not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"quantization: it is not known of what type the weight was: {how.get('from')!r}")
+            raise ConfigError(f"quantization: unknown source dtype {how.get('from')!r}; expected float32, bfloat16 or float16")
         settings: dict[str, Any] = {name: how.get(name) for name in ("type", "double", "block_size")}
         return Quantization(**settings, compute_dtype=how.get("compute_dtype", "float32")), str(how["from"])
 
     @property
     def bits(self) -> float:
-        """For each weight: 4.127 with double quantisation and blocks of 64."""
+        """Bits for each entry of the weight: 4.127 with double quantization and blocks of 64."""
         return 4 + BITS_OF_SCALES[self.double] / self.block_size

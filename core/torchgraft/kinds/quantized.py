@@ -1,6 +1,6 @@
-"""The quantised linear layers of bitsandbytes as kinds, so that every method works on them.
+"""The quantized linear layers of bitsandbytes as kinds, so that every method works on them.
 
-bitsandbytes takes seconds to import: it is imported when something is quantised, never to find out whether a layer is.
+bitsandbytes takes seconds to import. It is imported to quantize or dequantize, never to test whether a layer is quantized.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
 REPACKS = "support_avx512bf16_for_cpu"
-"""bitsandbytes' own flag: whether a layer repacks its weight in an eval forward."""
+"""Name of bitsandbytes' attribute that decides whether a layer repacks its weight in an eval forward."""
 
 
 class Quantized(Linear):
-    """A linear layer of bitsandbytes. What a method sees is its weight dequantised, (out, in), in the type it computes in."""
+    """A linear layer of bitsandbytes. A method sees its dequantized weight, (out, in), in the type that the layer computes in."""
 
     quantized = True
     stored_as = "Linear"
@@ -39,12 +39,12 @@ class Quantized(Linear):
         base = self.module_class()
         if base is not None and isinstance(module, base):
             return self.dequantized(module)
-        weight: Tensor = module.weight.detach()  # type: ignore[operator]  # while merged, the layer is dense
+        weight: Tensor = module.weight.detach()  # type: ignore[operator]  # the layer is dense while an adapter is merged into it
         return weight
 
     @abstractmethod
     def dequantized(self, module: nn.Module) -> Tensor:
-        """The weight that the layer computes with."""
+        """Return the weight that the layer computes with."""
 
 
 class Linear4bit(Quantized):
@@ -55,7 +55,7 @@ class Linear4bit(Quantized):
 
     def unfit(self, module: nn.Module) -> str:
         if getattr(module.weight, "quant_state", None) is None and getattr(module, "quant_state", None) is None:
-            return "is not quantized yet: bitsandbytes does that when the layer is moved to its device, with .to(…)"
+            return "is not quantized yet: bitsandbytes quantizes when the layer is moved to its device, with .to(…)"
         return ""
 
     def dtype_of(self, module: nn.Module) -> dtype:
@@ -77,7 +77,7 @@ class Linear4bit(Quantized):
         return lambda: bnb.dequantize_4bit(packed, wide).reshape(state.shape)  # type: ignore[arg-type]
 
     def weight_for_product(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """On a CPU, where bitsandbytes dequantises for each product. Elsewhere it may read the codes."""
+        """Return the weight on a CPU, where bitsandbytes dequantizes for each product. On other devices it may read the codes."""
         from torchgraft.kinds.autograd import autocast
 
         here = x.device.type == "cpu" and module.training and self._is_alone(x, base) and not autocast(x)
@@ -112,18 +112,18 @@ class Linear8bitLt(Quantized):
 
     def unfit(self, module: nn.Module) -> str:
         if module.state.has_fp16_weights:  # type: ignore[union-attr]
-            return "quantizes in each forward (has_fp16_weights=True) and would train its weight; make it with False"
+            return "quantizes in each forward (has_fp16_weights=True) and would train its weight; create it with has_fp16_weights=False"
         if str(module.weight.dtype) != "torch.int8":
-            return "is not quantized yet: bitsandbytes does that when the layer is moved to its device, with .to(…)"
+            return "is not quantized yet: bitsandbytes quantizes when the layer is moved to its device, with .to(…)"
         return ""
 
     def dtype_of(self, module: nn.Module) -> dtype:
         import torch
 
-        return torch.float16  # bitsandbytes quantises from float16, whatever the weight was
+        return torch.float16  # bitsandbytes quantizes from float16, whatever the type of the weight was
 
     def dequantized(self, module: nn.Module) -> Tensor:
-        """code · scale / 127, in float32: float16 would round what the layer multiplies with."""
+        """Return code · scale / 127 in float32, because float16 would round the values that the layer multiplies with."""
         scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB  # type: ignore[union-attr]
         return module.weight.data.float() * (scales.float() / 127).unsqueeze(1)  # type: ignore[operator, union-attr]
 
@@ -148,7 +148,7 @@ KINDS: tuple[Kind, ...] = (Linear4bit(), Linear8bitLt())
 
 
 def stop_repacking(model: nn.Module) -> list[nn.Module]:
-    """Keep 4-bit layers from being repacked in eval: that rounds their scales, and has no backward. Returns those it would happen to."""
+    """Stop 4-bit layers from repacking their weight in eval, which rounds its scales and has no backward. Return those layers."""
     found = [module for module in model.modules() if module.__dict__.get(REPACKS)]
     for module in found:
         setattr(module, REPACKS, False)
@@ -169,12 +169,12 @@ def _examples() -> list[tuple[nn.Linear, Tensor]]:
 
 
 def _state(module: nn.Module) -> Any:
-    """FSDP loses the one on the weight; the layer keeps another."""
+    """Return the quantization state: of the weight, or of the layer where FSDP dropped it from the weight."""
     return getattr(module.weight, "quant_state", None) or module.quant_state
 
 
 def _decoded_type(module: nn.Module) -> dtype:
-    """The layer dequantises to what it computes in, without a stop at the type that it was quantised from."""
+    """Return the type that the layer dequantizes to: it does not round to the type that it was quantized from."""
     import torch
 
     return torch.promote_types(_state(module).dtype, module.compute_dtype or torch.float32)  # type: ignore[arg-type]
@@ -185,10 +185,10 @@ def _is_repacked(state: Any) -> bool:
 
 
 def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Codes and scales in the usual order, where bitsandbytes has repacked them for AVX512-BF16 in an eval forward.
+    """Return codes and scales in the usual order, after bitsandbytes repacked them for AVX512-BF16 in an eval forward.
 
-    Its own inverse quantises the scales anew, or leaves them transposed; only the codes are taken from it. The scales
-    were rounded to bfloat16 by the repacking: these are the ones that the layer now computes with.
+    bitsandbytes' own inverse quantizes the scales again, or leaves them transposed, so only its codes are used. Repacking
+    rounded the scales to bfloat16; the layer now computes with these rounded scales.
     """
     from bitsandbytes import functional as bnb
 
@@ -200,10 +200,10 @@ def _unpacked(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 
 def round_trip(weight: Tensor, how: Mapping[str, Any]) -> Tensor:
-    """`weight` (out, in) as a layer computes with it after it was quantised as `how` records: a new tensor.
+    """Return `weight` (out, in) as a layer computes with it after quantization as `how` records: a new tensor.
 
     Args:
-        how: type, block_size, double and compute_dtype, and `from`, the dtype that was quantised.
+        how: type, block_size, double and compute_dtype, and `from`, the dtype that was quantized.
     """
     from torchgraft.kinds.quantization import Quantization
     from torchgraft.kinds.quantizing import blank_linear, set_weight

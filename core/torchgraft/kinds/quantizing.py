@@ -1,4 +1,4 @@
-"""Making 4-bit layers of bitsandbytes out of linear ones."""
+"""Conversion of linear layers to 4-bit layers of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchgraft.kinds.quantization import Quantization
 
 
 def quantized_linear(linear: nn.Module, how: Quantization, name: str = "") -> nn.Linear:
-    """A bitsandbytes.nn.Linear4bit with the quantised weight of `linear`, and its bias. `linear` stays as it is.
+    """Return a bitsandbytes.nn.Linear4bit with the quantized weight of `linear` and its bias. `linear` does not change.
 
     Args:
-        name: of the layer, for errors.
+        name: the layer's name, for error messages.
 
     Raises:
-        AttachError: the weight has no values, or a type that cannot be quantised.
+        AttachError: the weight has no values, or a type that cannot be quantized.
     """
     weight: Tensor = linear.weight.detach()  # type: ignore[operator]
     if weight.is_meta:
@@ -38,21 +38,21 @@ def quantized_linear(linear: nn.Module, how: Quantization, name: str = "") -> nn
 
 
 def blank_linear(in_features: int, out_features: int, bias: bool, how: Quantization) -> nn.Linear:
-    """A bitsandbytes.nn.Linear4bit on the meta device."""
+    """Return a bitsandbytes.nn.Linear4bit on the meta device."""
     from bitsandbytes import nn as bnb
 
     with torch.device("meta"):
         layer: Any = bnb.Linear4bit(  # type: ignore[attr-defined, no-untyped-call]
             in_features, out_features, bias, dtypes.torch_dtype(how.compute_dtype), how.double, how.type
         )
-    # In eval on such CPUs, bitsandbytes would repack the weight and round its scales for good. Eval does not edit weights.
+    # In eval on CPUs with AVX512-BF16, bitsandbytes would repack the weight and round its scales permanently.
     layer.support_avx512bf16_for_cpu = False
     layer.requires_grad_(False)
     return cast(nn.Linear, layer)
 
 
 def set_weight(layer: Any, weight: Tensor, how: Quantization) -> None:
-    """Quantise `weight` into `layer`, where it lies."""
+    """Quantize `weight` into `layer`, on the device of `weight`."""
     from bitsandbytes import nn as bnb
 
     parameter: Any = bnb.Params4bit(  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def set_weight(layer: Any, weight: Tensor, how: Quantization) -> None:
 
 
 class Dequantized(nn.Linear):
-    """A linear layer that takes inputs of any floating type and answers in that type, as the quantised layers do."""
+    """A linear layer that takes inputs of any floating type and returns outputs in that type, as the quantized layers do."""
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)

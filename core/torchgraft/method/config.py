@@ -1,4 +1,4 @@
-"""Options of methods: one small frozen pydantic model per method."""
+"""Options of methods: one frozen pydantic model per method."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ DType = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 class Config(BaseModel):
-    """What every method's options derive from. Values are checked strictly: rank="8" is an error, not an 8."""
+    """Base class of every method's options. Values are checked strictly: rank="8" is an error, not an 8."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     adapter_wide: ClassVar[frozenset[str]] = frozenset()
-    """Options that an adapter has once, so that they cannot be overridden for single sites."""
+    """Options that apply to the whole adapter and cannot be overridden for single sites."""
 
     def advise(self, site: Site) -> str:
-        """What a user should know before this config is used on `site`, or nothing.
+        """Return a warning about this config on `site`; empty if there is none.
 
-        Called for each site before anything is made; the caller adds the layers' names.
+        It is called for each site before anything is created; the caller adds the layers' names.
 
         Raises:
             ConfigError: this config cannot be used on this site.
@@ -35,11 +35,11 @@ class Config(BaseModel):
         return ""
 
     def weight_bits(self) -> float | None:
-        """Bits in which the method keeps each frozen weight of its sites; None if as it finds them. For estimates of memory."""
+        """Return the bits in which the method stores each entry of a frozen weight, for estimates of memory; None if unchanged."""
         return None
 
     def with_(self, method: str, values: Mapping[str, Any]) -> Self:
-        """A checked copy in which `values` replace this config's own."""
+        """Return a checked copy in which `values` replace this config's own."""
         return parse_config(method, type(self), {**self.model_dump(), **values})
 
 
@@ -56,16 +56,18 @@ class LowRankConfig(Config):
         "kaiming", description="how A and B start; all but both-gaussian leave the model's output as it was"
     )
     sigma: float = Field(1.0, gt=0, allow_inf_nan=False, description="σ of the gaussian inits: entries are N(0, σ²/r)")
-    dtype: DType = Field("float32", description="of the adapter's parameters")
+    dtype: DType = Field("float32", description="dtype of the adapter's parameters")
     lr_scale_a: float = Field(1.0, gt=0, allow_inf_nan=False, description="A's learning rate over the base rate")
     lr_scale_b: float = Field(1.0, gt=0, allow_inf_nan=False, description="B's learning rate over the base rate")
-    lr_scale_embedding: float = Field(1.0, gt=0, allow_inf_nan=False, description="the same, for A and B of an Embedding")
+    lr_scale_embedding: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="learning rate of A and B of an Embedding over the base rate"
+    )
 
     @field_validator("init", mode="before")
     @classmethod
     def _refuse_both_zero(cls, value: object) -> object:
         if value in ("zero", "zeros", "both-zero", "both zero"):
-            raise ValueError("with A = 0 and B = 0 the gradients of both are zero, for ever: nothing would train; use kaiming")
+            raise ValueError("with A = 0 and B = 0 the gradients of both are always zero, so nothing would train; use kaiming")
         return value
 
     @field_validator("dtype", mode="before")
@@ -83,7 +85,7 @@ class LowRankConfig(Config):
         if self.rank <= full:
             return ""
         if self.init == "pissa":
-            raise ConfigError(f"{site.name}: pissa takes rank singular vectors, {self.rank}, and the layer has {full}; lower the rank")
+            raise ConfigError(f"{site.name}: pissa needs rank = {self.rank} singular vectors, and the layer has {full}; lower the rank")
         return f"rank {self.rank} is more than min(out, in) = {full}: a rank of {full} can express every change of the layer"
 
 
@@ -94,7 +96,7 @@ def parse_config(method: str, config: type[C], values: Mapping[str, Any]) -> C:
     """Check `values` against the options of `method`.
 
     Raises:
-        ConfigError: an option is unknown, or a value has the wrong type or is out of range; names all of them.
+        ConfigError: an option is unknown, or a value has the wrong type or is out of range; the message names every such option.
     """
     try:
         return config(**values)
@@ -103,7 +105,7 @@ def parse_config(method: str, config: type[C], values: Mapping[str, Any]) -> C:
 
 
 def explained(error: Exception) -> str:
-    """What is wrong with a config, in words of the field: without what the library says of itself."""
+    """Return what is wrong with a config, without the parts of pydantic's message that describe pydantic."""
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, each['loc']))} = {each['input']!r}: {each['msg']}" for each in error.errors())
     return " ".join(str(error).split())
@@ -111,7 +113,7 @@ def explained(error: Exception) -> str:
 
 def _explain(method: str, config: type[Config], problem: Any) -> str:
     name = ".".join(str(part) for part in problem["loc"])
-    if not name:  # several options that do not go together
+    if not name:  # the error is about several options together
         return f"{method}: {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] == "extra_forbidden":
         close = near(name, config.model_fields)

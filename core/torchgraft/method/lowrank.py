@@ -1,4 +1,4 @@
-"""What low-rank methods share: how A and B start, and how they stand in PEFT's files. A library for plugins.
+"""Functions that low-rank methods share: the shapes and initial values of A and B. A library for plugins.
 
 Letters as in the papers: W (d, k) the frozen weight, A (r, k), B (d, r), s the scale; ΔW = s·B·A.
 """
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def factor_shapes(site: Site, config: LowRankConfig) -> dict[str, Shape]:
-    """A (r, k) and B (d, r); for pissa also A0 and B0, of the same shapes."""
+    """Return the shapes of A (r, k) and B (d, r); for pissa also of A0 and B0, which have the same shapes."""
     shapes: dict[str, Shape] = {"A": (config.rank, site.in_features), "B": (site.out_features, config.rank)}
     return shapes | {"A0": shapes["A"], "B0": shapes["B"]} if config.init == "pissa" else shapes
 
 
 def init_factors(site: Site, config: LowRankConfig, generator: Generator) -> dict[str, Tensor]:
-    """A and B as `config.init` says.
+    """Return initial values of A and B for `config.init`.
 
     | init          | A                                | B          | B·A at the start            |
     |---------------|----------------------------------|------------|-----------------------------|
@@ -67,7 +67,7 @@ def init_factors(site: Site, config: LowRankConfig, generator: Generator) -> dic
 
 
 def _without_padding(site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Zero the column of an Embedding's padding row. It gets no gradient, so the row stays as it is."""
+    """Set the column of an Embedding's padding row to zero. It gets no gradient, so the row does not change in training."""
     if site.padding_idx is not None:
         for name in tensors.keys() & {"A", "A0"}:
             tensors[name][:, site.padding_idx] = 0
@@ -79,7 +79,9 @@ def _pissa(site: Site, config: LowRankConfig) -> dict[str, Tensor]:
 
     weight = site.weight()
     if weight.is_meta:
-        raise ConfigError(f"{site.name}: pissa starts from the weight's singular vectors, and on the meta device it has no values")
+        raise ConfigError(
+            f"{site.name}: pissa starts from the weight's singular vectors, and the weight is on the meta device and has no values"
+        )
     u, s, vh = torch.linalg.svd(weight.cpu(), full_matrices=False)
     root = (s[: config.rank] / config.scale).sqrt()
     dtype = dtypes.torch_dtype(config.dtype)
@@ -89,7 +91,7 @@ def _pissa(site: Site, config: LowRankConfig) -> dict[str, Tensor]:
 
 
 def factors(params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The A and B whose product is the whole update; for pissa (2r, k) and (d, 2r), with -B0·A0 in it."""
+    """Return the A and B whose product is the whole update; for pissa (2r, k) and (d, 2r), which include -B0·A0."""
     a, b = params["A"], params["B"]
     if "A0" not in params:
         return a, b

@@ -1,4 +1,4 @@
-"""What a plugin says of its method."""
+"""The description of a method that its plugin provides."""
 
 from __future__ import annotations
 
@@ -17,65 +17,65 @@ if TYPE_CHECKING:
 
 
 Role = Literal["A", "B", "magnitude"]
-"""What a parameter is to its method: it decides about learning rate and weight decay, as a name or a shape must not."""
+"""Role of a parameter in its method. It decides about learning rate and weight decay, because a name or a shape must not."""
 
 
 class PeftFormat(Protocol):
-    """How a method's adapters stand in PEFT's files. Suffixes are what follows the layer's name: "lora_A.weight"."""
+    """Conversion of a method's adapters to and from PEFT's format. A suffix follows the layer's name, such as "lora_A.weight"."""
 
     def document(self, sites: Sequence[tuple[Site, Any]], default: Any) -> dict[str, Any]:
-        """The entries of adapter_config.json: peft_type, the method's own, and those that say how sites differ.
+        """Return the entries of adapter_config.json: peft_type, the method's own, and those that record how sites differ.
 
         `sites` come with their configs; `default` is the adapter's own. The engine adds names and target_modules.
         """
 
     def from_config(self, peft: Mapping[str, Any], site: Site | None = None) -> Config | None:
-        """The method's config for a PEFT config whose r and lora_alpha are those of `site`; None if it is another method's.
+        """Return the method's config for a PEFT config whose r and lora_alpha are those of `site`; None if it is another method's.
 
         Raises:
-            PairingError: the config asks for something that the method does not do.
+            PairingError: the config has an option that the method does not support.
         """
 
     def groups(self, shape: Shape, tensors: Mapping[str, Shape]) -> int:
-        """Of a layer whose weight has `shape`, from its tensors' shapes: a checkpoint does not tell it."""
+        """Return the number of groups of a layer whose weight has `shape`, from its tensors' shapes: a checkpoint does not record it."""
 
     def shapes(self, site: Site, config: Any) -> dict[str, Shape]:
-        """Suffix → shape of every tensor of one site."""
+        """Return suffix → shape of every tensor of one site."""
 
     def to_tensors(self, site: Site, config: Any, params: Mapping[str, Tensor], default: Any) -> dict[str, Tensor]:
-        """Suffix → tensor, from the method's own parameters."""
+        """Return suffix → tensor, from the method's own parameters."""
 
     def from_tensors(self, site: Site, config: Any, tensors: Mapping[str, Tensor], default: Any) -> dict[str, Tensor]:
-        """The inverse of `to_tensors`."""
+        """Return the method's own parameters: the inverse of `to_tensors`."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method's identity, returned by the hook `adapter_method`."""
+    """The description of a method, returned by the hook `adapter_method`."""
 
     name: str
-    """The same as the plugin's entry point."""
+    """Name of the method and of the plugin's entry point."""
     config: type[Config]
     summary: str
     """One line for `adapt plugins list`."""
     reference: str
-    """The paper."""
+    """Reference to the paper."""
     kinds: frozenset[str] | None = None
-    """The kinds of layer that it works on; None for all, those of other plugins included."""
+    """Names of the kinds of layer that the method works on; None for all, including those of other plugins."""
     buffers: frozenset[str] = frozenset()
-    """Which of the tensors that `adapter_init` returns are saved but not trained."""
+    """Names of the tensors of `adapter_init` that are saved but not trained."""
     roles: Mapping[str, Role] = field(default_factory=dict)
-    """Tensor → its role, for `tg.scaled_param_groups`."""
+    """Roles of the tensors by name, for `tg.scaled_param_groups`."""
     additive: bool = False
-    """Whether what a merge adds to weight and bias depends on neither: such adapters can be merged in any order, and with factors."""
+    """Whether the change that a merge adds to weight and bias depends on neither. Such adapters merge in any order, and with factors."""
     starts_unchanged: bool = True
-    """Whether, with default options, the output at the start is the base's. `torchgraft.testing` proves what is claimed here."""
+    """Whether the output at the start, with default options, is the base's. `torchgraft.testing` tests this claim."""
     partial_gradients: frozenset[str] = frozenset()
-    """The parameters whose gradient leaves something out on purpose, such as a norm that is taken for a constant."""
+    """Names of the parameters whose gradient is deliberately partial, for example because a norm is treated as a constant."""
     compiles: bool = True
     """Whether torch.compile makes one graph of a layer with such an adapter."""
     peft: PeftFormat | None = None
-    """None if PEFT has no such method: its adapters are then saved in the native form only."""
+    """Conversion to PEFT's format; None if PEFT has no such method, so that its adapters are saved in the native form only."""
 
     def __post_init__(self) -> None:
         if wrong := {name: role for name, role in self.roles.items() if role not in get_args(Role)}:

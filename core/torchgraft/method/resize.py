@@ -1,4 +1,4 @@
-"""What a change of one site's shape is, asked for by a method that changes ranks."""
+"""The description of a change of one site's tensors, requested by a method that changes ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Carry = Callable[["Tensor", int], "Tensor"]
-"""(moment, power) → the moment of the resized parameter. power is 1 for means of gradients, 2 for means of their squares."""
+"""(moment, power) → the moment of the resized parameter. The power is 1 for means of gradients, 2 for means of their squares."""
 
 
 @dataclass(frozen=True)
 class Resize:
-    """What one site becomes."""
+    """The new tensors and config of one site."""
 
     tensors: Mapping[str, Tensor]
-    """All of the site's trained tensors whose shape or basis changes."""
+    """The site's trained tensors whose shape or basis changes, by name."""
     config: Config
     carry: Mapping[str, Carry]
-    """For each of `tensors`, how its moments follow."""
+    """For each of `tensors`, the conversion of its moments."""

@@ -93,18 +93,20 @@ class MergeRun:
         merge = self.tensor_merge(placed, source)
         blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
         sha = hashlib.sha256() if isinstance(blocks, FileBlocks) and not digest else None
-        corrections = Corrections()
+        corrections, undo_tensors = Corrections(), merge.undo_tensors()
         for rows in blocks.rows:
             original = blocks.read(rows)
             if sha is not None:  # the rows are at hand, and come as they lie
                 sha.update(as_bytes(original))
             merged = merge.merged(original, rows)
-            blocks.write(rows, merged)
+            undo_tensors.add(rows, merged.needed)
+            blocks.write(rows, merged.weight)
             if undo is not None:
-                corrections.append(rows, make_correction(original, merge.nearly(merged, rows)))
-            workers.advance(merged.nbytes)
+                nearly = merge.nearly(merged.weight, rows, undo_tensors.tensors, merged.change)
+                corrections.append(rows, make_correction(original, nearly))
+            workers.advance(merged.weight.nbytes)
         if undo is not None and corrections.blocks:
-            undo.add(placed.name, corrections, merge.needed)
+            undo.add(placed.name, corrections, undo_tensors.tensors)
         return digest if sha is None else sha.hexdigest()
 
 

@@ -106,13 +106,11 @@ class MergedOrigin:
             hooks = self._hooks(number)
             if not needed and hooks.has("adapter_undo") and not hooks.method.additive:
                 raise self._does_not_fit(placed.name)
-        merge = TensorMerge(
-            placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites), needed=undo.needed
-        )
+        merge = TensorMerge(placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites))
         blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
         for rows, correction in undo.blocks:
             try:
-                restored = exact.correct(merge.nearly(blocks.read(rows), rows), correction)
+                restored = exact.correct(merge.nearly(blocks.read(rows), rows, undo.needed), correction)
             except ValueError:
                 raise self._does_not_fit(placed.name) from None
             blocks.write(rows, restored)
