@@ -17,6 +17,7 @@ from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts
 from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import kind_of
 from torchgraft.layers.layer import Layer, is_inside
+from torchgraft.layers.of_module import modules_in_attention
 from torchgraft.layers.plan import configure, plan, site_of
 from torchgraft.method.config import Config, parse_config
 from torchgraft.method.site import Site, seed_of
@@ -87,7 +88,7 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
         if form is not None:
             forms[layer.name] = form
     _share(adapter)
-    in_attention = fast_paths.modules_in_attention(model)
+    in_attention = modules_in_attention(model)
     whole: dict[nn.Module, str] = {}
     for trained in _runnable(model, base.trained):
         whole.setdefault(model.get_submodule(trained), trained)  # one module under two names is one

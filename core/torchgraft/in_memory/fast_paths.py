@@ -15,15 +15,10 @@ def modules_in_fused_layers(model: nn.Module) -> set[nn.Module]:
     return {child for layer in layers for child in layer.modules()}
 
 
-def modules_in_attention(model: nn.Module) -> set[nn.Module]:
-    """Children of an nn.MultiheadAttention."""
-    return {child for module in model.modules() if isinstance(module, nn.MultiheadAttention) for child in module.children()}
-
-
 def check_forward_runs(name: str, module: nn.Module, in_attention: Container[nn.Module]) -> None:
     """
     Args:
-        in_attention: what `modules_in_attention` found.
+        in_attention: the result of `layers.of_module.modules_in_attention`.
 
     Raises:
         AttachError: nothing calls the module's own forward, so what is put on it would be passed over.

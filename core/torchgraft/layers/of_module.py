@@ -18,7 +18,7 @@ def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in named_base_modules(model):
         names[module].append(name)
-    inside_attention = {child for module in names if isinstance(module, nn.MultiheadAttention) for child in module.children()}
+    inside_attention = modules_in_attention(model)
     owners = {module: found for module, found in names.items() if any(p is not None for p in module._parameters.values())}
     tied = _tied(owners)
     counted: set[int] = set()
@@ -52,6 +52,11 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     """The module's `state_dict` without what adapters have added."""
     added = {f"{name}.{CHILD}" if name else CHILD for name, child in named_base_modules(module) if carries_adapters(child)}
     return {key: tensor for key, tensor in module.state_dict().items() if not is_inside(key, added)}
+
+
+def modules_in_attention(model: nn.Module) -> set[nn.Module]:
+    """Return the children of every nn.MultiheadAttention: it reads their weights and never calls their forward."""
+    return {child for module in model.modules() if isinstance(module, nn.MultiheadAttention) for child in module.children()}
 
 
 def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tuple[Kind, ...], fused: bool, counted: set[int]) -> Layer:
