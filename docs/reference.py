@@ -36,8 +36,8 @@ HOOK_GROUPS = {
 }
 """A hook is in the first group that fits."""
 
-OF_THE_ENGINE = "watch check_switchable by_module adapted".split()
-"""Methods that only the engine calls."""
+OF_THE_ENGINE = ("adapted",)
+"""Methods of public classes that only the engine calls."""
 
 API_GROUPS = {
     "Adapters on a model": "plan Plan apply load adapters activate Adapter Count load_quantized",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 
 from torchgraft.adapter_files.writing import Contents, also_saved, write
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
-from torchgraft.in_memory import graft, merge
+from torchgraft.in_memory import graft, merge, record
 from torchgraft.in_memory.optimizers import check_groups, make_optimizer
 from torchgraft.in_memory.parts import Part, SitePart, TrainedCopy
 from torchgraft.in_memory.resize import check_change, check_resizable, resize_
 from torchgraft.in_memory.save import quantized_beside, saved_site
-from torchgraft.kinds import quantized
+from torchgraft.in_memory.step_watch import StepWatch
 from torchgraft.layers.layer import Layer
 from torchgraft.layers.of_module import layers_of_module, named_base_modules, own_state, sharing_bias
 from torchgraft.layers.plan import Plan
@@ -30,20 +30,6 @@ from torchgraft.method.resize import Resize
 from torchgraft.method.site import Site
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
-
-STATE = "_torchgraft"
-"""The model's attribute that holds its adapters: a plain member, so that it is copied and pickled with the model."""
-
-
-@dataclass
-class Attached:
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    frozen: list[nn.Parameter] = field(default_factory=list)
-    """What was trainable before the first adapter, and will be again after the last."""
-    nested: list[nn.TransformerEncoder] = field(default_factory=list)
-    """The encoders that used nested tensors, and will again."""
-    repacking: list[nn.Module] = field(default_factory=list)
-    """The 4-bit layers that could be repacked in eval, and will be again."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +63,11 @@ class Adapter:
         """By the name of the module that is trained whole."""
         self.state: dict[str, Any] = {}
         """What the method keeps between its steps: tensors, and values that JSON has. Saved with the adapter."""
-        self._backwards = 0
-        self._stepped = False
+        self._steps = StepWatch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.watch()  # a copied parameter has no hooks
+        watch_steps(self)  # a copied parameter has no hooks
 
     def __repr__(self) -> str:
         state = " (merged)" if self.merged else "" if self.active else " (not active)"
@@ -146,7 +131,7 @@ class Adapter:
         if not self.hooks.has("adapter_step"):
             return
         check_resizable(optimizer, self._site_parameters())
-        self._stepped = True
+        self._steps.stepped = True
         self.hooks.step(adapter=self, optimizer=optimizer, step=step, metrics=metrics or {})
 
     def resize(self, sites: Mapping[str, Resize], optimizer: Optimizer) -> None:
@@ -176,24 +161,6 @@ class Adapter:
         """Without those of modules that are trained whole: they keep their shapes."""
         return [parameter for part in self.parts.values() for parameter in part.parameters()]
 
-    def watch(self) -> None:
-        """Count backward passes, to find out if a method that needs `step` is trained without it."""
-        first = next((parameter for parameter in self.parameters() if parameter.requires_grad), None)
-        if first is not None and self.hooks.has("adapter_step"):
-            first.register_post_accumulate_grad_hook(self._count_backward)  # type: ignore[no-untyped-call]
-
-    def _count_backward(self, parameter: Tensor) -> None:
-        self._backwards += 1
-
-    def _check_stepped(self) -> None:
-        if self._backwards and not self._stepped:
-            warnings.warn(
-                f"the adapter {self.name!r} was trained for {self._backwards} backward passes and adapter.step(optimizer, step=…) was "
-                f"never called, so {self.method} did nothing there; call it after each optimizer.step(), before zero_grad()",
-                TorchgraftWarning,
-                stacklevel=3,
-            )
-
     @property
     def active(self) -> bool:
         """Whether the adapter takes part in forward."""
@@ -201,19 +168,9 @@ class Adapter:
 
     @active.setter
     def active(self, value: bool) -> None:
-        self.check_switchable()
+        check_switchable(self)
         for part in self._all_parts():
             part.active = value
-
-    def check_switchable(self) -> None:
-        """
-        Raises:
-            MergeError: the adapter is merged, so forward cannot leave it out.
-        """
-        self._check_attached()
-        if self.merged:
-            raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
-        merge.check_switchable(self.name, self.by_module())
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -240,9 +197,9 @@ class Adapter:
         """
         self._check_attached()
         graft.check_no_routes(self.model, "merged")
-        self._check_stepped()
+        self._steps.check(self.name, self.method)
         tied = {layer.name: layer.tied for layer in self._layers()}
-        merge.merge_parts(self.name, self.by_module(), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
+        merge.merge_parts(self.name, parts_by_module(self), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
 
     def unmerge(self, *, discard_edits: bool = False) -> None:
         """Give the base weights back, to the last bit, or change nothing.
@@ -256,7 +213,7 @@ class Adapter:
         """
         self._check_attached()
         graft.check_no_routes(self.model, "unmerged")
-        merge.unmerge_parts(self.name, self.by_module(), discard_edits)
+        merge.unmerge_parts(self.name, parts_by_module(self), discard_edits)
 
     def detach(self, *, keep_merged: bool = False) -> None:
         """Take the adapter off; the model is as it was before `apply`. A merged one is unmerged first.
@@ -270,26 +227,18 @@ class Adapter:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
             self.unmerge()
-        for module, part in self.by_module().values():
+        for module, part in parts_by_module(self).values():
             graft.detach(module, self.name)
             if part.undo is not None:
                 merge.forget(module, part.undo)
                 part.undo = None
-        attached = attached_to(self.model)
-        del attached.adapters[self.name]
-        if not attached.adapters:
-            for parameter in attached.frozen:
-                parameter.requires_grad_(True)
-            for encoder in attached.nested:
-                encoder.use_nested_tensor = True
-            quantized.let_repack(attached.repacking)
-            delattr(self.model, STATE)
+        record.remove(self.model, self.name)
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json."""
         self._check_attached()
         graft.check_no_routes(self.model, "saved")
-        self._check_stepped()
+        self._steps.check(self.name, self.method)
         if any(parameter.is_meta for parameter in self.parameters()):
             raise AttachError(f"the adapter {self.name!r} is on the meta device and has no values to save")
         modules = [name for name, _ in named_base_modules(self.model)]
@@ -316,19 +265,13 @@ class Adapter:
     def _all_parts(self) -> list[Part]:
         return [*self.parts.values(), *self.copies.values()]
 
-    def by_module(self) -> dict[str, tuple[nn.Module, Part]]:
-        found: dict[str, tuple[nn.Module, Part]] = {}
-        for name, part in {**self.parts, **self.copies}.items():
-            found[name] = (self.model.get_submodule(name), part)
-        return found
-
     def _layers(self) -> list[Layer]:
         return layers_of_module(self.model, registry().kinds())
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters on `model` by name; after `deepcopy` or unpickling, those of the copy."""
-    return dict(model.__dict__[STATE].adapters) if STATE in model.__dict__ else {}
+    return record.adapters_on(model)
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -343,13 +286,30 @@ def activate(model: nn.Module, *names: str) -> None:
             raise AttachError(f"the model has no adapter {name!r}{near(name, found)}; it has {', '.join(found) or 'none'}")
     switched = {name: adapter for name, adapter in found.items() if adapter.active != (name in names)}
     for adapter in switched.values():
-        adapter.check_switchable()
+        check_switchable(adapter)
     for name, adapter in switched.items():
         adapter.active = name in names
 
 
-def attached_to(model: nn.Module) -> Attached:
-    if STATE not in model.__dict__:
-        setattr(model, STATE, Attached())
-    found: Attached = model.__dict__[STATE]
-    return found
+def check_switchable(adapter: Adapter) -> None:
+    """
+    Raises:
+        AttachError: the adapter was detached.
+        MergeError: the adapter is merged, so forward cannot leave it out.
+    """
+    adapter._check_attached()
+    if adapter.merged:
+        raise MergeError(f"the adapter {adapter.name!r} is merged into the weights and cannot be switched; unmerge it first")
+    merge.check_switchable(adapter.name, parts_by_module(adapter))
+
+
+def parts_by_module(adapter: Adapter) -> dict[str, tuple[nn.Module, Part]]:
+    """Return the name of each adapted module → the module and the adapter's part on it."""
+    parts: dict[str, Part] = {**adapter.parts, **adapter.copies}
+    return {name: (adapter.model.get_submodule(name), part) for name, part in parts.items()}
+
+
+def watch_steps(adapter: Adapter) -> None:
+    """Count the backward passes of a method that needs `Adapter.step`, to warn if it is trained without that."""
+    if adapter.hooks.has("adapter_step"):
+        adapter._steps.count_backwards(adapter.parameters())

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.errors import AttachError, PluginError
-from torchgraft.in_memory import fast_paths, graft
-from torchgraft.in_memory.adapter import Adapter, adapters, attached_to
+from torchgraft.in_memory import fast_paths, graft, record
+from torchgraft.in_memory.adapter import Adapter, adapters, parts_by_module, watch_steps
 from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts_of
-from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import kind_of
 from torchgraft.layers.layer import Layer, is_inside
 from torchgraft.layers.of_module import modules_in_attention
@@ -100,17 +99,12 @@ def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapt
     _check_clashes(adapter)
     for layer_name, form in forms.items():
         graft.become(model.get_submodule(layer_name), form)
-    attached = attached_to(model)
-    if not attached.adapters:
-        attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.requires_grad_(False)
-        attached.nested = fast_paths.stop_nesting(model)
-        attached.repacking = quantized.stop_repacking(model)
+    record.freeze(model)
     in_fused_layers = fast_paths.modules_in_fused_layers(model)
-    for module, part in adapter.by_module().values():
+    for module, part in parts_by_module(adapter).values():
         graft.attach(module, name, part, needs_hook=module in in_fused_layers)
-    attached.adapters[name] = adapter
-    adapter.watch()
+    record.add(model, name, adapter)
+    watch_steps(adapter)
     return adapter
 
 

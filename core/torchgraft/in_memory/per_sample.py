@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.errors import AttachError, near
-from torchgraft.in_memory.adapter import adapters
+from torchgraft.in_memory.adapter import adapters, check_switchable
 from torchgraft.in_memory.graft import Grafted
 from torchgraft.in_memory.parts import Part, TrainedCopy, named_parts
 
@@ -49,7 +49,7 @@ def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterato
         if name is not None and name not in found:
             raise AttachError(f"the model has no adapter {name!r}{near(name, found)}; it has {', '.join(found) or 'none'}")
     for adapter in found.values():
-        adapter.check_switchable()
+        check_switchable(adapter)
     routes = Routes.of(names)
     grafted = {name: module for name, module in model.named_modules() if isinstance(module, Grafted)}
     before = {name: module._graft_routes for name, module in grafted.items()}
