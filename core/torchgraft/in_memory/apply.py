@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,64 +70,105 @@ def apply(
     return attach(Adapter(model, name, method, config, chosen), configs, make)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that attaching puts on a model, created and checked while neither the model nor the adapter has changed."""
+
+    parts: Mapping[str, SitePart]
+    """Site → the adapter's part for it."""
+    forms: Mapping[str, Form]
+    """Site → the class and content that its module takes on first, for a method with the hook adapter_prepare."""
+    copies: Mapping[str, TrainedCopy]
+    """Module named by `also_train` → its trained copy."""
+
+
 def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapter:
-    """Put `adapter` on its model, with each site's tensors from `make`. Everything that can fail comes before any change."""
-    model, name, base = adapter.model, adapter.name, adapter.plan
-    if not graft.is_adapter_name(name):
-        raise AttachError(f"{name!r} cannot be an adapter's name: torch does not take it as the name of a child; choose another")
-    if name in adapters(model):
-        raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
-    if not base.sites:
-        raise AttachError("nothing is selected: there would be nothing to train")
-    graft.check_no_routes(model, "attached")
-    forms: dict[str, Form] = {}
-    for layer in base.sites:
-        graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))
-        adapter.parts[layer.name], form = _site_part(adapter, layer, configs[layer.name], make)
-        if form is not None:
-            forms[layer.name] = form
-    _share(adapter)
-    in_attention = modules_in_attention(model)
-    whole: dict[nn.Module, str] = {}
-    for trained in _runnable(model, base.trained):
-        whole.setdefault(model.get_submodule(trained), trained)  # one module under two names is one
-    for module, trained in whole.items():
-        graft.check_can_attach(name, trained, module)
-        fast_paths.check_forward_runs(trained, module, in_attention)
-        _check_trainable(trained, module)
-        adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
-    _check_clashes(adapter)
-    for layer_name, form in forms.items():
-        graft.become(model.get_submodule(layer_name), form)
-    record.freeze(model)
-    in_fused_layers = fast_paths.modules_in_fused_layers(model)
-    for module, part in parts_by_module(adapter).values():
-        graft.attach(module, name, part, needs_hook=module in in_fused_layers)
-    record.add(model, name, adapter)
-    watch_steps(adapter)
+    """Put `adapter` on its model, with each site's tensors from `make`. If it raises, model and adapter are unchanged."""
+    _commit(adapter, _prepare(adapter, configs, make))
     return adapter
 
 
-def _share(adapter: Adapter) -> None:
-    """Give the adapter's parts what they share."""
+def _prepare(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Prepared:
+    _check_can_start(adapter)
+    parts, forms = _site_parts(adapter, configs, make)
+    _share(adapter, parts)
+    copies = _copies(adapter)
+    _check_clashes(adapter, parts, copies)
+    return Prepared(parts, forms, copies)
+
+
+def _commit(adapter: Adapter, prepared: Prepared) -> None:
+    model = adapter.model
+    adapter.parts.update(prepared.parts)
+    adapter.copies.update(prepared.copies)
+    for site, form in prepared.forms.items():
+        graft.become(model.get_submodule(site), form)
+    record.freeze(model)
+    in_fused_layers = fast_paths.modules_in_fused_layers(model)
+    for module, part in parts_by_module(adapter).values():
+        graft.attach(module, adapter.name, part, needs_hook=module in in_fused_layers)
+    record.add(model, adapter.name, adapter)
+    watch_steps(adapter)
+
+
+def _check_can_start(adapter: Adapter) -> None:
+    name = adapter.name
+    if not graft.is_adapter_name(name):
+        raise AttachError(f"{name!r} cannot be an adapter's name: torch does not take it as the name of a child; choose another")
+    if name in adapters(adapter.model):
+        raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
+    if not adapter.plan.sites:
+        raise AttachError("nothing is selected: there would be nothing to train")
+    graft.check_no_routes(adapter.model, "attached")
+
+
+def _site_parts(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> tuple[dict[str, SitePart], dict[str, Form]]:
+    parts: dict[str, SitePart] = {}
+    forms: dict[str, Form] = {}
+    for layer in adapter.plan.sites:
+        graft.check_can_attach(adapter.name, layer.name, adapter.model.get_submodule(layer.name))
+        parts[layer.name], form = _site_part(adapter, layer, configs[layer.name], make)
+        if form is not None:
+            forms[layer.name] = form
+    return parts, forms
+
+
+def _copies(adapter: Adapter) -> dict[str, TrainedCopy]:
+    """Copy the modules that are fully trained. A module with two names is copied once."""
+    model, copies = adapter.model, dict[str, TrainedCopy]()
+    in_attention = modules_in_attention(model)
+    whole: dict[nn.Module, str] = {}
+    for trained in _runnable(model, adapter.plan.trained):
+        whole.setdefault(model.get_submodule(trained), trained)
+    for module, trained in whole.items():
+        graft.check_can_attach(adapter.name, trained, module)
+        fast_paths.check_forward_runs(trained, module, in_attention)
+        _check_trainable(trained, module)
+        copies[trained] = TrainedCopy(module, _trainable_copy(module))
+    return copies
+
+
+def _share(adapter: Adapter, parts: Mapping[str, SitePart]) -> None:
+    """Set the tensors that the adapter's sites share, for a method with the hook adapter_shared."""
     if not adapter.hooks.has("adapter_shared"):
         return
-    shared = make_shared(adapter.hooks, adapter.sites, adapter.config)
-    for name, part in adapter.parts.items():
+    shared = make_shared(adapter.hooks, [part.site for part in parts.values()], adapter.config)
+    for name, part in parts.items():
         if both := sorted(set(shared) & part.tensors().keys()):
             raise PluginError(f"{name}: {adapter.method} makes {', '.join(both)} by adapter_init and by adapter_shared")
         part.shared = shared
 
 
-def _check_clashes(adapter: Adapter) -> None:
-    """
+def _check_clashes(adapter: Adapter, parts: Mapping[str, SitePart], copies: Mapping[str, TrainedCopy]) -> None:
+    """Refuse to fully train a module in which another adapter has a site, or the reverse: the copy would bypass that adapter.
+
     Raises:
-        AttachError: one adapter trains a module whole in which another has a site: the copy would pass over that.
+        AttachError: there is such a module.
     """
     for other in adapters(adapter.model).values():
-        for whole, sites in ((other.copies, adapter.parts), (adapter.copies, other.parts)):
+        for trained, sites in ((other.copies, parts), (copies, other.parts)):
             for name in sites:
-                if is_inside(name, whole):
+                if is_inside(name, trained):
                     raise AttachError(
                         f"{name}: one of {other.name!r} and {adapter.name!r} trains it whole and the other adapts it; do one of the two"
                     )
