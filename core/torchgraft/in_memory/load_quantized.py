@@ -47,6 +47,9 @@ def load_quantized(
 
     `tg.apply(model, "qlora", targets)` then puts adapters on it; so does every other method.
 
+    Process-wide effects: a quantizer "torchgraft_4bit" is added to transformers' registry and stays there, and glibc's `malloc_trim`
+    is called after each quantized weight.
+
     Args:
         source: a checkpoint directory or a hub id.
         quant_type: "nf4" or "fp4".

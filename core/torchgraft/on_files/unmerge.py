@@ -51,6 +51,9 @@ def unmerge_checkpoint(
 ) -> UnmergeReport:
     """Write the base of `merged` to the new directory `output`: every tensor and file has the hash of the original, or it is refused.
 
+    While it runs, torch computes with one thread and Python's thread switch interval is 0.1 ms, in the whole process; both are
+    restored. glibc's mmap threshold stays at its maximum afterwards.
+
     Args:
         base: take the originals from here; for what was merged without an undo record, or where arithmetic differs.
 
