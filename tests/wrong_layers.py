@@ -107,7 +107,7 @@ class AnswersInFloat32(Pair):
         return base(x) + site.project_out(site.project_in(x, params["A"]), params["B"])
 
 
-@wrong("dtype", r"g is torch\.bfloat16: small steps are lost in it")
+@wrong("dtype", r"g is torch\.bfloat16, in which small steps are lost")
 class TrainsInBfloat16(Scaled):
     @tg.hookimpl
     def adapter_init(self, site: tg.Site) -> dict[str, Tensor]:
