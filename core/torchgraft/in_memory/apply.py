@@ -1,4 +1,4 @@
-"""Putting adapters on a model: `apply` makes a new one, `attach` puts on what `apply` and `load` have made."""
+"""Attaching adapters to a model: `apply` creates a new adapter; `attach` attaches it, or one that `load` read from files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchgraft.plugin.registry import registry
 from torchgraft.plugin.shared_tensors import make_shared
 
 Make = Callable[[Site], Mapping[str, Tensor]]
-"""Makes one site's tensors."""
+"""Function that creates one site's tensors."""
 
 
 def apply(
@@ -44,12 +44,12 @@ def apply(
 
     Args:
         method: the plugin's name, "lora".
-        targets: patterns of the selection grammar; by default @linear, every matrix but the output head.
-        layers: keep the sites of these blocks: "0-15,20", or numbers.
-        name: several adapters can sit on one model, each under its own name. They are active together.
-        seed: with it and a site's name, that site's random numbers are fixed, whatever else is selected.
-        also_train: modules to be trained whole beside the adapter (a new head), saved and merged with it.
-        overrides: pattern → options for the sites that it matches; later patterns win over earlier ones.
+        targets: patterns of the selection grammar; by default @linear, every matrix except the output head.
+        layers: keep the sites of these blocks: "0-15,20", or integers.
+        name: name of this adapter. A model can have several adapters with different names; all are active until switched.
+        seed: together with a site's name, determines that site's random values, whatever else is selected.
+        also_train: modules to train fully beside the adapter (a new head); they are saved and merged with it.
+        overrides: pattern → options for the sites that it matches; later patterns take precedence over earlier ones.
         options: the method's options: rank=16, alpha=32.
 
     Raises:
@@ -134,17 +134,17 @@ def _site_parts(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> 
 
 
 def _copies(adapter: Adapter) -> dict[str, TrainedCopy]:
-    """Copy the modules that are fully trained. A module with two names is copied once."""
+    """Copy the fully trained modules. A module with two names is copied once."""
     model, copies = adapter.model, dict[str, TrainedCopy]()
     in_attention = modules_in_attention(model)
-    whole: dict[nn.Module, str] = {}
-    for trained in _runnable(model, adapter.plan.trained):
-        whole.setdefault(model.get_submodule(trained), trained)
-    for module, trained in whole.items():
-        graft.check_can_attach(adapter.name, trained, module)
-        fast_paths.check_forward_runs(trained, module, in_attention)
-        _check_trainable(trained, module)
-        copies[trained] = TrainedCopy(module, _trainable_copy(module))
+    names: dict[nn.Module, str] = {}
+    for name in _runnable(model, adapter.plan.trained):
+        names.setdefault(model.get_submodule(name), name)
+    for module, name in names.items():
+        graft.check_can_attach(adapter.name, name, module)
+        fast_paths.check_forward_runs(name, module, in_attention)
+        _check_trainable(name, module)
+        copies[name] = TrainedCopy(module, _trainable_copy(module))
     return copies
 
 
@@ -170,12 +170,12 @@ def _check_clashes(adapter: Adapter, parts: Mapping[str, SitePart], copies: Mapp
             for name in sites:
                 if is_inside(name, trained):
                     raise AttachError(
-                        f"{name}: one of {other.name!r} and {adapter.name!r} trains it whole and the other adapts it; do one of the two"
+                        f"{name}: one of {other.name!r} and {adapter.name!r} trains it fully and the other adapts it; do one of the two"
                     )
 
 
 def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tuple[SitePart, Form | None]:
-    """The part for one site; and what its module is to become first, if the method asks for that."""
+    """Create the part for one site. If the method has adapter_prepare, also return the form that replaces the site's module."""
     module = adapter.model.get_submodule(layer.name)
     site = replace(site_of(layer, module), beneath=Stack(module))
     layer_instead = adapter.hooks.prepare(site, config)
@@ -186,34 +186,39 @@ def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tu
     expected = adapter.hooks.shapes(site, config)
     if shapes != expected:
         raise AttachError(
-            f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
+            f"{layer.name}: the plugin {adapter.method!r} created tensors of shapes {shapes}, but its adapter_shapes returns {expected}"
         )
     weight: Tensor = module.weight  # type: ignore[assignment]
-    ordered = {name: tensors[name] for name in expected}  # by their order optimizers know parameters
+    ordered = {name: tensors[name] for name in expected}  # keep the declared order: optimizer state is matched by parameter order
     moved = ordered if weight.is_meta else {name: tensor.to(weight.device) for name, tensor in ordered.items()}
     part = SitePart(replace(site, module=module), adapter.method, config, moved, adapter.hooks.method.buffers)
     return part, None if layer_instead is None else graft.form_of(layer_instead)
 
 
 def _replaced(layer: Layer, module: nn.Module, instead: nn.Module) -> Site:
-    """The site as it will be when `module` has become `instead`."""
+    """Return the site as it will be when `instead` has replaced `module`."""
     if parts_of(module):
-        raise AttachError(f"{layer.name}: other adapters were made for its weight as it is; detach them, or prepare the layer first")
+        raise AttachError(
+            f"{layer.name}: the method replaces the layer, but other adapters depend on its present weight; "
+            "detach them, or attach this one first"
+        )
     if layer.tied:
-        raise AttachError(f"{layer.name}: its weight is also that of {', '.join(layer.tied)}, and would no longer be; exclude one of them")
+        raise AttachError(
+            f"{layer.name}: the method replaces its weight, which is shared with {', '.join(layer.tied)}; exclude one of the layers"
+        )
     kind, reason = kind_of(instead, registry().kinds())
     if kind is None:
-        raise AttachError(f"{layer.name}: what it is to become cannot be adapted: it {reason or 'has no kind'}")
+        raise AttachError(f"{layer.name}: the layer that replaces it cannot be adapted: it {reason or 'has no kind'}")
     return site_of(replace(layer, kind=kind.name), instead)
 
 
 def _home(site: Site) -> str:
-    """Where a site's tensors are made: on the CPU, for the same numbers everywhere; without values if the model has none."""
+    """Return the device that a site's tensors are created on: meta if the weight is there, else the CPU, for the same values everywhere."""
     return "meta" if site.module.weight.is_meta else "cpu"  # type: ignore[union-attr]
 
 
 def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Containers that only chain or hold their children are replaced by these: it is the children that run."""
+    """Replace containers by their children, because the forward of a plain container is never called or only calls the children."""
     found: list[str] = []
     for name in names:
         module = model.get_submodule(name)
@@ -227,15 +232,16 @@ def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _check_trainable(name: str, module: nn.Module) -> None:
-    """
+    """Check that the module can be trained.
+
     Raises:
-        AttachError: a weight in the module is quantised, and codes have no gradient.
+        AttachError: a weight in the module is quantized, and codes have no gradient.
     """
     for child_name, child in module.named_modules():
         kind, _ = kind_of(child, registry().kinds())
         if kind is not None and kind.quantized:
             where = f"{name}.{child_name}" if child_name else name
-            raise AttachError(f"{where}: its weight is quantized, so it cannot be trained whole; put an adapter on it instead")
+            raise AttachError(f"{where}: its weight is quantized, so it cannot be trained itself; put an adapter on it instead")
 
 
 def _trainable_copy(module: nn.Module) -> nn.Module:

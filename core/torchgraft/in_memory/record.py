@@ -1,4 +1,4 @@
-"""The record of the adapters on a model, and of what the model gets back when the last of them is detached."""
+"""The record of a model's adapters, and of the settings that are restored when the last adapter is detached."""
 
 from __future__ import annotations
 

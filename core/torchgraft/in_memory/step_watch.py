@@ -28,7 +28,10 @@ class StepWatch:
         self._backwards += 1
 
     def check(self, adapter: str, method: str) -> None:
-        """Warn if the adapter was trained and `Adapter.step` never called. For a public method to call directly: see `stacklevel`."""
+        """Warn if the adapter was trained and `Adapter.step` was never called.
+
+        The warning points at the caller of the method that calls this one.
+        """
         if self._backwards and not self.stepped:
             warnings.warn(
                 f"the adapter {adapter!r} was trained for {self._backwards} backward passes and adapter.step(optimizer, step=…) was "
