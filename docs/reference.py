@@ -36,7 +36,7 @@ HOOK_GROUPS = {
 }
 """Group → introduction, and a test of a hook's name. A hook belongs to the first group whose test it passes."""
 
-OF_THE_ENGINE = "watch check_switchable by_module adapted".split()
+OF_THE_ENGINE = ("adapted",)
 """Methods that only torchgraft itself calls; they are omitted from the API page."""
 
 API_GROUPS = {

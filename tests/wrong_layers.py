@@ -107,7 +107,7 @@ class AnswersInFloat32(Pair):
         return base(x) + site.project_out(site.project_in(x, params["A"]), params["B"])
 
 
-@wrong("dtype", r"g is torch\.bfloat16: small steps are lost in it")
+@wrong("dtype", r"g is torch\.bfloat16, in which small steps are lost")
 class TrainsInBfloat16(Scaled):
     @tg.hookimpl
     def adapter_init(self, site: tg.Site) -> dict[str, Tensor]:
@@ -242,7 +242,7 @@ class TakesTheBias(Scaled):
         return {"g": torch.ones(site.out_features)}
 
 
-@wrong("param_groups", "B is 0 times in the parameter groups that pair makes")
+@wrong("param_groups", "B is 0 times in the parameter groups of pair")
 class LeavesOutB(Pair):
     @tg.hookimpl
     def adapter_param_groups(self, adapter: tg.Adapter, lr: float) -> list[dict[str, Any]]:
@@ -279,7 +279,7 @@ class DividesByZeroOnce(Pair):
             adapter.parameters()[1].div_(step - 7)
 
 
-@wrong("steps", r"adapter_penalty gives a tensor of shape \(3,\)")
+@wrong("steps", r"adapter_penalty returns a tensor of shape \(3,\)")
 class PenalisesEachDirection(Pair):
     @tg.hookimpl
     def adapter_penalty(self, params: Params) -> Tensor:

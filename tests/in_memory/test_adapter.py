@@ -17,6 +17,7 @@ import torchgraft as tg
 from lora_model import RANK, TOKENS, dense, output, plain, put
 from models import Plain, build, perturb_
 from references import assert_same_state, state_of
+from torchgraft.in_memory.record import STATE
 
 SHAPES = {
     "embed": (6, 11),
@@ -51,7 +52,7 @@ def test_attaching_keeps_objects_names_classes_and_state(family: str) -> None:
     assert {m: type(m) for m in model.modules()} == classes
     assert list(model.named_modules()) == list(modules.items())
     assert_same_state(before, model.state_dict())
-    assert "_torchgraft" not in vars(model)
+    assert STATE not in vars(model)
     assert [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks] == []
     assert tg.adapters(model) == {}
 

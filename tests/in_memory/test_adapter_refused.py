@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import torchgraft as tg
 from lora_model import dense, output, plain, put
 from references import assert_same_state, state_of
+from torchgraft.in_memory.apply import attach
 
 
 class Shift:
@@ -173,6 +174,26 @@ def test_layers_that_would_pass_over_the_adapter_are_refused_with_the_reason(cas
         tg.apply(model, "lora", [target])
     assert [type(module) for module in model.modules()] == before
     assert tg.adapters(model) == {}
+
+
+def test_an_adapter_that_could_not_be_attached_stays_empty() -> None:
+    model = plain()
+    before = state_of(model)
+    chosen = tg.plan(model)
+    adapter = tg.Adapter(model, "default", "lora", tg.LowRankConfig(), chosen)
+    configs = {layer.name: tg.registry().method("lora").config() for layer in chosen.sites}
+
+    def fail_at_the_last(site: tg.Site) -> Mapping[str, Tensor]:
+        if site.name == chosen.sites[-1].name:
+            raise RuntimeError("no tensors for this one")
+        return {"A": torch.zeros(8, site.in_features), "B": torch.zeros(site.out_features, 8)}
+
+    with pytest.raises(RuntimeError, match="no tensors for this one"):
+        attach(adapter, configs, fail_at_the_last)
+    assert not adapter.parts
+    assert not adapter.copies
+    assert not tg.adapters(model)
+    assert_same_state(model.state_dict(), before)
 
 
 def test_an_unknown_method_and_an_empty_selection_are_refused() -> None:

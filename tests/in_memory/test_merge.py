@@ -119,7 +119,7 @@ def test_a_merged_weight_that_was_edited_is_refused_and_every_part_stays_merged(
     kept = weight.detach().clone()
     for entry in range(0, weight.numel(), 5):
         weight.data.view(-1)[entry] += 0.5
-        refused(lambda: adapter.unmerge(discard_edits=discard), model, f"{place}: .*changed since")
+        refused(lambda: adapter.unmerge(discard_edits=discard), model, f"{place}: .*changed after")
         assert adapter.merged
         weight.data.copy_(kept)
     adapter.unmerge()
@@ -246,7 +246,7 @@ def test_a_weight_that_another_layer_has_too_is_not_merged(how: str, targets: li
     model = tied(how)
     adapter = tg.apply(model, "lora", targets=targets, rank=2)
     perturb_(adapter.parameters())
-    refused(adapter.merge, model, "(embed: its weight is also that of head|head: its weight is also that of embed), so")
+    refused(adapter.merge, model, "(embed: its weight is shared with head|head: its weight is shared with embed), so")
     assert not adapter.merged
 
 

@@ -138,7 +138,7 @@ def test_what_was_active_is_active_again_also_after_an_error() -> None:
     tg.activate(model, "ada")
     before = model(TOKENS)
     with (
-        pytest.raises(tg.AttachError, match=r"embed: its input has 4 in the first dimension, where adapter_names has 5"),
+        pytest.raises(tg.AttachError, match=r"embed: the first dimension of its input is 4, but adapter_names has 5 entries"),
         tg.per_sample(model, NAMES),
     ):
         model(TOKENS[:4])

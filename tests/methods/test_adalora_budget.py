@@ -281,11 +281,11 @@ def snapshot(adapter: tg.Adapter) -> tuple[dict[str, Tensor], dict[str, Any], li
 
 
 REFUSED: dict[str, tuple[Callable[[tg.Adapter], torch.optim.Optimizer], str]] = {
-    "8-bit moments": (lambda adapter: adapter.optimizer("adamw_8bit", lr=0.01), "AdamW8bit keeps its moments in 8 bits"),
+    "8-bit moments": (lambda adapter: adapter.optimizer("adamw_8bit", lr=0.01), "AdamW8bit stores its moments in 8-bit blocks"),
     "a stranger": (lambda adapter: torch.optim.Adam(nn.Linear(2, 2).parameters()), "has none of the adapter's parameters"),
     "the A alone": (lambda adapter: torch.optim.Adam([part.A for part in adapter.parts.values()]), "0.*B|parameters"),
-    "unknown moments": (lambda adapter: torch.optim.Rprop(adapter.parameters()), "Rprop keeps '.*' for each parameter"),
-    "moments of other shapes": (lambda adapter: torch.optim.Adafactor(adapter.parameters()), "Adafactor keeps '.*' for each"),
+    "unknown moments": (lambda adapter: torch.optim.Rprop(adapter.parameters()), "Rprop stores '.*' for each parameter"),
+    "moments of other shapes": (lambda adapter: torch.optim.Adafactor(adapter.parameters()), "Adafactor stores '.*' for each"),
 }
 
 

@@ -96,7 +96,7 @@ def test_adapters_on_one_layer_compose_in_the_order_of_attachment(layer: str, me
     assert_is(*stack)
 
     for upper in stack[1:]:
-        refused(upper.merge, model, "0: dora depends on the weight beneath it.*merge the earlier one first")
+        refused(upper.merge, model, "0: dora depends on the weight with the earlier adapters in it.*merge the earlier one first")
     states = []
     for adapter in stack:
         states.append(all_bits(model))

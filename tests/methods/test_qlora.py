@@ -65,12 +65,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
     "tied": (
         changed(lambda model: setattr(model.attn["out_proj"], "weight", model.attn["q_proj"].weight)),
         ["mlp.0", "out_proj"],
-        r"^attn\.out_proj: its weight is also that of attn\.q_proj",
+        r"^attn\.out_proj: the method replaces its weight, which is shared with attn\.q_proj",
     ),
     "an adapter is on it": (
         changed(lambda model: tg.apply(model, "lora", ["head"], name="other", rank=2)),
         ["mlp.0", "head"],
-        r"^head: other adapters .*detach",
+        r"^head: .*other adapters .*detach",
     ),
     "a convolution": (plain, ["mlp.0", "conv"], r"^conv: qlora does not work on Conv1d layers, only on Linear"),
     "an embedding": (plain, ["mlp.0", "embed"], r"^embed: qlora does not work on Embedding layers, only on Linear"),

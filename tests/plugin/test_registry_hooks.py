@@ -246,7 +246,7 @@ def test_a_kind_from_a_plugin_gets_every_method(width: int, out: int, register: 
 def test_shapes_that_contradict_init_are_refused(register: Callable[[object, str], None]) -> None:
     register(Liar("liar"), "liar")
     model = nn.Sequential(nn.Linear(3, 5))
-    with pytest.raises(tg.AttachError, match=r"0: the plugin 'liar' made tensors of shapes .*\(5,\).* says .*\(6,\)"):
+    with pytest.raises(tg.AttachError, match=r"0: the plugin 'liar' created tensors of shapes .*\(5,\).* returns .*\(6,\)"):
         tg.apply(model, "liar", ["0"])
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad

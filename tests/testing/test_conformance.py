@@ -26,7 +26,7 @@ UNCLAIMED = {
     "pair": set(),
 }
 """What each method does not claim; all else must have run."""
-NOTHING = "no core check ran, so nothing is proven"
+NOTHING = "no core check ran, so the method is untested"
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("adalora", {"allocator": "budget", "total_steps": 60, "interval": 5}),
     ("adalora", {"interval": 5, "epsilon": 0.2}),
@@ -141,9 +141,9 @@ def test_only_skips_are_no_pass() -> None:
         assert not report.ok
         assert report.checks[0].reason == "refused by the method: nowhere"
         assert str(report).startswith(
-            f"scaled: 0 passed, 0 failed, {len(report.checks)} skipped: no core check ran, so nothing is proven\n"
+            f"scaled: 0 passed, 0 failed, {len(report.checks)} skipped: no core check ran, so the method is untested\n"
         )
-        with pytest.raises(tg.ConformanceError, match="nothing is proven"):
+        with pytest.raises(tg.ConformanceError, match="the method is untested"):
             tg.testing.check_plugin(name)
 
 
@@ -236,8 +236,8 @@ class OnDoubled(Pair):
 @pytest.mark.parametrize(
     ("kind", "note"),
     [
-        (DoubledKind(), "nothing was tried on Doubled layers: it gives no example layers"),
-        (DoubledNotInstalled(), "nothing was tried on Doubled layers: its class is not installed (No module named 'doubled')"),
+        (DoubledKind(), "no check ran on Doubled layers: it gives no example layers"),
+        (DoubledNotInstalled(), "no check ran on Doubled layers: its class is not installed (No module named 'doubled')"),
         (DoubledWithExamples(), ""),
     ],
     ids=["no examples", "not installed", "examples"],
@@ -261,7 +261,7 @@ def test_an_example_of_another_kind_is_not_taken() -> None:
 
     with registered(Kinds(Inherits())), registered(OnDoubled()) as name:
         report = tg.testing.run_checks(name, only=["init"])
-    assert report.notes == ("nothing was tried on Doubled layers: it gives no example layers",)
+    assert report.notes == ("no check ran on Doubled layers: it gives no example layers",)
 
 
 def test_nothing_is_left_behind(linears: str) -> None:

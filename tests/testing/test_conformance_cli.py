@@ -16,7 +16,7 @@ import torchgraft as tg
 from command import Result
 
 Adapt = Callable[..., Result]
-NOTHING = "no core check ran, so nothing is proven"
+NOTHING = "no core check ran, so the method is untested"
 
 
 def test_fixture_is_one_test_for_each_check(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_command_exits_with_2_if_a_check_fails_or_none_ran(adapt: Adapt, spoiled
     result = adapt("plugins", "check", spoiled, "--only", "steps")
     assert (result.code, result.out.splitlines()[-1]) == (
         2,
-        "scaled: 0 passed, 0 failed, 1 skipped: no core check ran, so nothing is proven",
+        "scaled: 0 passed, 0 failed, 1 skipped: no core check ran, so the method is untested",
     )
 
 

@@ -118,7 +118,7 @@ class KeepsWhatOtherRowsSay(Scaled):
         return {"size": weight.abs().amax(1) + weight.abs().amax()}
 
 
-@wrong("unmerge", "the weight that adapter_unmerge gives back: expected")
+@wrong("unmerge", "the weight that adapter_unmerge returns: expected")
 class MultipliesAgain(Scaled):
     @tg.hookimpl
     def adapter_unmerge(self, params: Params, weight: Tensor, rows: slice) -> Tensor:

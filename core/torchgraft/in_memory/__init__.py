@@ -1,1 +1,1 @@
-"""Adapters on an nn.Module: apply, train, merge, save, load."""
+"""Adapters on an nn.Module: apply, train, merge, save and load them."""

@@ -1,11 +1,11 @@
-"""Adapters on a model: training, switching, merging, taking off."""
+"""Adapters on a model: training, switching, merging, detaching."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 
 from torchgraft.adapter_files.writing import Contents, also_saved, write
 from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
-from torchgraft.in_memory import graft, merge
+from torchgraft.in_memory import graft, merge, record
 from torchgraft.in_memory.optimizers import check_groups, make_optimizer
 from torchgraft.in_memory.parts import Part, SitePart, TrainedCopy
 from torchgraft.in_memory.resize import check_change, check_resizable, resize_
 from torchgraft.in_memory.save import quantized_beside, saved_site
-from torchgraft.kinds import quantized
+from torchgraft.in_memory.step_watch import StepWatch
 from torchgraft.layers.layer import Layer
 from torchgraft.layers.of_module import layers_of_module, named_base_modules, own_state, sharing_bias
 from torchgraft.layers.plan import Plan
@@ -31,30 +31,17 @@ from torchgraft.method.site import Site
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 
-STATE = "_torchgraft"
-"""The model's attribute that holds its adapters: a plain member, so that it is copied and pickled with the model."""
-
-
-@dataclass
-class Attached:
-    adapters: dict[str, Adapter] = field(default_factory=dict)
-    frozen: list[nn.Parameter] = field(default_factory=list)
-    """What was trainable before the first adapter, and will be again after the last."""
-    nested: list[nn.TransformerEncoder] = field(default_factory=list)
-    """The encoders that used nested tensors, and will again."""
-    repacking: list[nn.Module] = field(default_factory=list)
-    """The 4-bit layers that could be repacked in eval, and will be again."""
-
 
 @dataclass(frozen=True)
 class Count:
-    """Numbers of parameters: those that this adapter trains, and all that the model has with it."""
+    """How many parameters an adapter trains, and how many the model has in total, adapters included."""
 
     trainable: int
     total: int
 
     @property
     def percent(self) -> float:
+        """Trained parameters in percent of the total."""
         return 100 * self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -62,27 +49,26 @@ class Count:
 
 
 class Adapter:
-    """A named set of sites with one method's parameters: what is trained, saved, merged. Made by `apply` and `load`."""
+    """A named set of sites with one method's parameters. It is trained, saved and merged as a unit. Create it with `apply` or `load`."""
 
     def __init__(self, model: nn.Module, name: str, method: str, config: Config, base: Plan) -> None:
         self.model = model
         self.name = name
         self.method = method
         self.config: Any = config
-        """The method's own class of config, without overrides for single sites."""
+        """The method's options, without overrides for single sites."""
         self.plan = base
         self.parts: dict[str, SitePart] = {}
-        """By the site's name."""
+        """Site → what the adapter adds to it."""
         self.copies: dict[str, TrainedCopy] = {}
-        """By the name of the module that is trained whole."""
+        """Module named by `also_train` → its trained copy."""
         self.state: dict[str, Any] = {}
-        """What the method keeps between its steps: tensors, and values that JSON has. Saved with the adapter."""
-        self._backwards = 0
-        self._stepped = False
+        """State of the method between steps: tensors and values that JSON can represent. Saved with the adapter."""
+        self._steps = StepWatch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.watch()  # a copied parameter has no hooks
+        watch_steps(self)  # a copied parameter has no hooks
 
     def __repr__(self) -> str:
         state = " (merged)" if self.merged else "" if self.active else " (not active)"
@@ -90,27 +76,31 @@ class Adapter:
 
     @property
     def sites(self) -> list[Site]:
+        """The adapted layers, as the method sees them."""
         return [part.site for part in self.parts.values()]
 
     @property
     def hooks(self) -> MethodHooks:
+        """The hooks of the adapter's method."""
         return registry().hooks(self.method)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What this adapter trains, by "site.tensor"."""
+        """Yield the name, "site.tensor", and the parameter for everything that this adapter trains."""
         for site, part in self.parts.items():
             yield from ((f"{site}.{name}", parameter) for name, parameter in part.named_parameters())
         for name, copy in self.copies.items():
             yield from ((f"{name}.{key}", parameter) for key, parameter in copy.module.named_parameters())
 
     def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that this adapter trains."""
         return [parameter for _, parameter in self.named_parameters()]
 
     def count(self) -> Count:
+        """Count the trained parameters and those of the whole model."""
         return Count(sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.model.parameters()))
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """Parameter groups for a torch optimizer, with the learning rates that the method asks for."""
+        """Return parameter groups for a torch optimizer, with the learning rates that the method sets."""
         groups = self.hooks.param_groups(adapter=self, lr=lr, weight_decay=weight_decay) or []
         groups = [{**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in groups]
         if groups:
@@ -118,7 +108,7 @@ class Adapter:
         return groups or [{"params": self.parameters(), "lr": lr, "weight_decay": weight_decay}]
 
     def optimizer(self, name: str, lr: float, weight_decay: float = 0.0, **options: Any) -> Optimizer:
-        """An optimizer with `param_groups`: "adamw", or one of bitsandbytes: "paged_adamw_32bit", "adamw_8bit", …
+        """Create an optimizer over `param_groups`: "adamw", or one of bitsandbytes: "paged_adamw_32bit", "adamw_8bit", …
 
         Raises:
             ConfigError: there is no such optimizer, or the parameters' device has no paging.
@@ -126,33 +116,33 @@ class Adapter:
         return make_optimizer(name, self.param_groups(lr, weight_decay), lr, **options)
 
     def penalty(self) -> Tensor:
-        """The sum of the method's terms for the loss; 0 where it has none."""
+        """Return the sum of the method's terms for the loss; 0 if it has none."""
         terms = [part.hooks.penalty(part.site, part.config, part.params()) for part in self.parts.values()]
         return sum((term for term in terms if term is not None), start=torch.zeros(()))
 
     def step(self, optimizer: Optimizer, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """To be called after each `optimizer.step()`, before `zero_grad()`; does nothing where the method has nothing to do.
+        """Run the method's own step. Call it after each `optimizer.step()`, before `zero_grad()`; many methods do nothing here.
 
         Args:
             step: the number of this step, from 1.
-            metrics: what was measured at this step: {"val_loss": 0.3}.
+            metrics: measured values that the method may use: {"val_loss": 0.3}.
 
         Raises:
             MergeError: the adapter is merged.
-            AttachError: the optimizer does not train this adapter, or its moments cannot follow a change of shape.
+            AttachError: the adapter was detached, the optimizer does not train it, or its moments cannot follow a change of shape.
         """
         self._check_attached()
         self._check_unmerged()
         if not self.hooks.has("adapter_step"):
             return
         check_resizable(optimizer, self._site_parameters())
-        self._stepped = True
+        self._steps.stepped = True
         self.hooks.step(adapter=self, optimizer=optimizer, step=step, metrics=metrics or {})
 
     def resize(self, sites: Mapping[str, Resize], optimizer: Optimizer) -> None:
-        """Give sites tensors of other shapes, and let the optimizer's moments follow: for methods that change ranks.
+        """Replace sites' tensors by tensors of other shapes and convert the optimizer's moments, for methods that change ranks.
 
-        The parameters stay the same objects, so optimizers and schedules go on with them.
+        The parameters stay the same objects, so optimizers and schedules continue with them.
         """
         self._check_unmerged()
         check_resizable(optimizer, self._site_parameters())
@@ -170,29 +160,11 @@ class Adapter:
 
     def _check_unmerged(self) -> None:
         if self.merged:
-            raise MergeError(f"the adapter {self.name!r} is merged, and would change under the weights that hold it; unmerge it first")
+            raise MergeError(f"the adapter {self.name!r} is merged into the weights, so it must not change; unmerge it first")
 
     def _site_parameters(self) -> list[nn.Parameter]:
-        """Without those of modules that are trained whole: they keep their shapes."""
+        """Parameters that may be resized. Those of fully trained modules keep their shapes."""
         return [parameter for part in self.parts.values() for parameter in part.parameters()]
-
-    def watch(self) -> None:
-        """Count backward passes, to find out if a method that needs `step` is trained without it."""
-        first = next((parameter for parameter in self.parameters() if parameter.requires_grad), None)
-        if first is not None and self.hooks.has("adapter_step"):
-            first.register_post_accumulate_grad_hook(self._count_backward)  # type: ignore[no-untyped-call]
-
-    def _count_backward(self, parameter: Tensor) -> None:
-        self._backwards += 1
-
-    def _check_stepped(self) -> None:
-        if self._backwards and not self._stepped:
-            warnings.warn(
-                f"the adapter {self.name!r} was trained for {self._backwards} backward passes and adapter.step(optimizer, step=…) was "
-                f"never called, so {self.method} did nothing there; call it after each optimizer.step(), before zero_grad()",
-                TorchgraftWarning,
-                stacklevel=3,
-            )
 
     @property
     def active(self) -> bool:
@@ -201,23 +173,13 @@ class Adapter:
 
     @active.setter
     def active(self, value: bool) -> None:
-        self.check_switchable()
+        check_switchable(self)
         for part in self._all_parts():
             part.active = value
 
-    def check_switchable(self) -> None:
-        """
-        Raises:
-            MergeError: the adapter is merged, so forward cannot leave it out.
-        """
-        self._check_attached()
-        if self.merged:
-            raise MergeError(f"the adapter {self.name!r} is merged into the weights and cannot be switched; unmerge it first")
-        merge.check_switchable(self.name, self.by_module())
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block this adapter takes no part; then its previous state returns."""
+        """Bypass this adapter within the block, then restore its previous state."""
         before = self.active
         self.active = False
         try:
@@ -228,41 +190,47 @@ class Adapter:
 
     @property
     def merged(self) -> bool:
+        """Whether the adapter is merged into the base weights."""
         return any(part.undo is not None for part in self._all_parts())
 
     def merge(self) -> None:
-        """Write the adapter into the base weights: float64 arithmetic, rounded in the end. All of it or nothing.
+        """Write the adapter into the base weights: float64 arithmetic, rounded at the end. If it raises, nothing has changed.
 
         Raises:
-            MergeError: it is merged already, a weight is shared with another layer or has no values, or the result
-                would not be finite.
-            AttachError: it is within a block of `per_sample`.
+            MergeError: the adapter is merged already, a weight is shared with another layer or has no values, or the
+                result would not be finite.
+            AttachError: the adapter was detached, or the call is within a block of `per_sample`.
         """
         self._check_attached()
         graft.check_no_routes(self.model, "merged")
-        self._check_stepped()
+        self._steps.check(self.name, self.method)
         tied = {layer.name: layer.tied for layer in self._layers()}
-        merge.merge_parts(self.name, self.by_module(), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
+        merge.merge_parts(self.name, parts_by_module(self), tied, sharing_bias(self.model) if self.hooks.merges_bias else {})
 
     def unmerge(self, *, discard_edits: bool = False) -> None:
-        """Give the base weights back, to the last bit, or change nothing.
+        """Restore the base weights to the last bit. If it raises, nothing has changed.
 
         Args:
-            discard_edits: if the adapter's tensors were changed while merged, set them back to what was merged.
+            discard_edits: if the adapter's tensors were changed while merged, reset them to the values that were merged.
 
         Raises:
-            MergeError: it is not merged, another adapter was merged after it, or it or the weights were changed since.
-            AttachError: it is within a block of `per_sample`.
+            MergeError: the adapter is not merged, another adapter was merged after it, or the adapter or the weights
+                changed after the merge.
+            AttachError: the adapter was detached, or the call is within a block of `per_sample`.
         """
         self._check_attached()
         graft.check_no_routes(self.model, "unmerged")
-        merge.unmerge_parts(self.name, self.by_module(), discard_edits)
+        merge.unmerge_parts(self.name, parts_by_module(self), discard_edits)
 
     def detach(self, *, keep_merged: bool = False) -> None:
-        """Take the adapter off; the model is as it was before `apply`. A merged one is unmerged first.
+        """Remove the adapter from the model, unmerging it first. After the last adapter the model is as it was before `apply`.
 
         Args:
-            keep_merged: leave a merged adapter's changes in the weights for good.
+            keep_merged: leave a merged adapter's changes in the weights permanently.
+
+        Raises:
+            MergeError: the adapter cannot be unmerged (see `unmerge`), or `keep_merged` is given and it is not merged.
+            AttachError: the adapter was detached already, or the call is within a block of `per_sample`.
         """
         self._check_attached()
         graft.check_no_routes(self.model, "detached")
@@ -270,37 +238,33 @@ class Adapter:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
             self.unmerge()
-        for module, part in self.by_module().values():
+        for module, part in parts_by_module(self).values():
             graft.detach(module, self.name)
             if part.undo is not None:
                 merge.forget(module, part.undo)
                 part.undo = None
-        attached = attached_to(self.model)
-        del attached.adapters[self.name]
-        if not attached.adapters:
-            for parameter in attached.frozen:
-                parameter.requires_grad_(True)
-            for encoder in attached.nested:
-                encoder.use_nested_tensor = True
-            quantized.let_repack(attached.repacking)
-            delattr(self.model, STATE)
+        record.remove(self.model, self.name)
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json."""
+        """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json.
+
+        Raises:
+            AttachError: the adapter was detached, has no values (meta device), or the call is within a block of `per_sample`.
+        """
         self._check_attached()
         graft.check_no_routes(self.model, "saved")
-        self._check_stepped()
+        self._steps.check(self.name, self.method)
         if any(parameter.is_meta for parameter in self.parameters()):
             raise AttachError(f"the adapter {self.name!r} is on the meta device and has no values to save")
         modules = [name for name, _ in named_base_modules(self.model)]
-        whole = self.plan.trained
+        trained = self.plan.trained
         contents = Contents(
             method=registry().method(self.method),
             config=self.config,
             sites=[saved_site(part) for part in self.parts.values()],
             trained={name: copy.module.state_dict() for name, copy in self.copies.items()},
-            also_train=whole,
-            also_saved={name: own_state(self.model.get_submodule(name)) for name in also_saved(whole, modules)},
+            also_train=trained,
+            also_saved={name: own_state(self.model.get_submodule(name)) for name in also_saved(trained, modules)},
             modules=modules,
             base=getattr(getattr(self.model, "config", None), "_name_or_path", None) or None,
             state=self.state,
@@ -316,26 +280,21 @@ class Adapter:
     def _all_parts(self) -> list[Part]:
         return [*self.parts.values(), *self.copies.values()]
 
-    def by_module(self) -> dict[str, tuple[nn.Module, Part]]:
-        found: dict[str, tuple[nn.Module, Part]] = {}
-        for name, part in {**self.parts, **self.copies}.items():
-            found[name] = (self.model.get_submodule(name), part)
-        return found
-
     def _layers(self) -> list[Layer]:
         return layers_of_module(self.model, registry().kinds())
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters on `model` by name; after `deepcopy` or unpickling, those of the copy."""
-    return dict(model.__dict__[STATE].adapters) if STATE in model.__dict__ else {}
+    """Return the adapters on `model` by name. A model from `deepcopy` or `pickle` has its own copies of them."""
+    return record.adapters_on(model)
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Let the adapters called `names` take part in forward, and no others.
+    """Activate the adapters called `names` and deactivate all others.
 
     Raises:
         AttachError: the model has no adapter of that name.
+        MergeError: an adapter that would be switched is merged.
     """
     found = adapters(model)
     for name in names:
@@ -343,13 +302,31 @@ def activate(model: nn.Module, *names: str) -> None:
             raise AttachError(f"the model has no adapter {name!r}{near(name, found)}; it has {', '.join(found) or 'none'}")
     switched = {name: adapter for name, adapter in found.items() if adapter.active != (name in names)}
     for adapter in switched.values():
-        adapter.check_switchable()
+        check_switchable(adapter)
     for name, adapter in switched.items():
         adapter.active = name in names
 
 
-def attached_to(model: nn.Module) -> Attached:
-    if STATE not in model.__dict__:
-        setattr(model, STATE, Attached())
-    found: Attached = model.__dict__[STATE]
-    return found
+def check_switchable(adapter: Adapter) -> None:
+    """Check that the adapter can be activated and deactivated.
+
+    Raises:
+        AttachError: the adapter was detached.
+        MergeError: the adapter is merged, so forward cannot bypass it; or a later one is merged and depends on it.
+    """
+    adapter._check_attached()
+    if adapter.merged:
+        raise MergeError(f"the adapter {adapter.name!r} is merged into the weights and cannot be switched; unmerge it first")
+    merge.check_switchable(adapter.name, parts_by_module(adapter))
+
+
+def parts_by_module(adapter: Adapter) -> dict[str, tuple[nn.Module, Part]]:
+    """Return the name of each adapted module → the module and the adapter's part on it."""
+    parts: dict[str, Part] = {**adapter.parts, **adapter.copies}
+    return {name: (adapter.model.get_submodule(name), part) for name, part in parts.items()}
+
+
+def watch_steps(adapter: Adapter) -> None:
+    """Count the backward passes of a method that needs `Adapter.step`, to warn if it is trained without that."""
+    if adapter.hooks.has("adapter_step"):
+        adapter._steps.count_backwards(adapter.parameters())

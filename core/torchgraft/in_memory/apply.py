@@ -1,20 +1,19 @@
-"""Putting adapters on a model: `apply` makes a new one, `attach` puts on what `apply` and `load` have made."""
+"""Attaching adapters to a model: `apply` creates a new adapter; `attach` attaches it, or one that `load` read from files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchgraft.errors import AttachError, PluginError
-from torchgraft.in_memory import fast_paths, graft
-from torchgraft.in_memory.adapter import Adapter, adapters, attached_to
+from torchgraft.in_memory import fast_paths, graft, record
+from torchgraft.in_memory.adapter import Adapter, adapters, parts_by_module, watch_steps
 from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts_of
-from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import kind_of
 from torchgraft.layers.layer import Layer, is_inside, shares_weight
 from torchgraft.layers.of_module import modules_in_attention
@@ -25,7 +24,7 @@ from torchgraft.plugin.registry import registry
 from torchgraft.plugin.shared_tensors import make_shared
 
 Make = Callable[[Site], Mapping[str, Tensor]]
-"""Makes one site's tensors."""
+"""Function that creates one site's tensors."""
 
 
 def apply(
@@ -45,12 +44,12 @@ def apply(
 
     Args:
         method: the plugin's name, "lora".
-        targets: patterns of the selection grammar; by default @linear, every matrix but the output head.
-        layers: keep the sites of these blocks: "0-15,20", or numbers.
-        name: several adapters can sit on one model, each under its own name. They are active together.
-        seed: with it and a site's name, that site's random numbers are fixed, whatever else is selected.
-        also_train: modules to be trained whole beside the adapter (a new head), saved and merged with it.
-        overrides: pattern → options for the sites that it matches; later patterns win over earlier ones.
+        targets: patterns of the selection grammar; by default @linear, every matrix except the output head.
+        layers: keep the sites of these blocks: "0-15,20", or integers.
+        name: name of this adapter. A model can have several adapters with different names; all are active until switched.
+        seed: together with a site's name, determines that site's random values, whatever else is selected.
+        also_train: modules to train fully beside the adapter (a new head); they are saved and merged with it.
+        overrides: pattern → options for the sites that it matches; later patterns take precedence over earlier ones.
         options: the method's options: rank=16, alpha=32.
 
     Raises:
@@ -71,76 +70,112 @@ def apply(
     return attach(Adapter(model, name, method, config, chosen), configs, make)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that attaching puts on a model, created and checked while neither the model nor the adapter has changed."""
+
+    parts: Mapping[str, SitePart]
+    """Site → the adapter's part for it."""
+    forms: Mapping[str, Form]
+    """Site → the class and content that its module takes on first, for a method with the hook adapter_prepare."""
+    copies: Mapping[str, TrainedCopy]
+    """Module named by `also_train` → its trained copy."""
+
+
 def attach(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Adapter:
-    """Put `adapter` on its model, with each site's tensors from `make`. Everything that can fail comes before any change."""
-    model, name, base = adapter.model, adapter.name, adapter.plan
-    if not graft.is_adapter_name(name):
-        raise AttachError(f"{name!r} cannot be an adapter's name: torch does not take it as the name of a child; choose another")
-    if name in adapters(model):
-        raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
-    if not base.sites:
-        raise AttachError("nothing is selected: there would be nothing to train")
-    graft.check_no_routes(model, "attached")
-    forms: dict[str, Form] = {}
-    for layer in base.sites:
-        graft.check_can_attach(name, layer.name, model.get_submodule(layer.name))
-        adapter.parts[layer.name], form = _site_part(adapter, layer, configs[layer.name], make)
-        if form is not None:
-            forms[layer.name] = form
-    _share(adapter)
-    in_attention = modules_in_attention(model)
-    whole: dict[nn.Module, str] = {}
-    for trained in _runnable(model, base.trained):
-        whole.setdefault(model.get_submodule(trained), trained)  # one module under two names is one
-    for module, trained in whole.items():
-        graft.check_can_attach(name, trained, module)
-        fast_paths.check_forward_runs(trained, module, in_attention)
-        _check_trainable(trained, module)
-        adapter.copies[trained] = TrainedCopy(module, _trainable_copy(module))
-    _check_clashes(adapter)
-    for layer_name, form in forms.items():
-        graft.become(model.get_submodule(layer_name), form)
-    attached = attached_to(model)
-    if not attached.adapters:
-        attached.frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        model.requires_grad_(False)
-        attached.nested = fast_paths.stop_nesting(model)
-        attached.repacking = quantized.stop_repacking(model)
-    in_fused_layers = fast_paths.modules_in_fused_layers(model)
-    for module, part in adapter.by_module().values():
-        graft.attach(module, name, part, needs_hook=module in in_fused_layers)
-    attached.adapters[name] = adapter
-    adapter.watch()
+    """Put `adapter` on its model, with each site's tensors from `make`. If it raises, model and adapter are unchanged."""
+    _commit(adapter, _prepare(adapter, configs, make))
     return adapter
 
 
-def _share(adapter: Adapter) -> None:
-    """Give the adapter's parts what they share."""
+def _prepare(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> Prepared:
+    _check_can_start(adapter)
+    parts, forms = _site_parts(adapter, configs, make)
+    _share(adapter, parts)
+    copies = _copies(adapter)
+    _check_clashes(adapter, parts, copies)
+    return Prepared(parts, forms, copies)
+
+
+def _commit(adapter: Adapter, prepared: Prepared) -> None:
+    model = adapter.model
+    adapter.parts.update(prepared.parts)
+    adapter.copies.update(prepared.copies)
+    for site, form in prepared.forms.items():
+        graft.become(model.get_submodule(site), form)
+    record.freeze(model)
+    in_fused_layers = fast_paths.modules_in_fused_layers(model)
+    for module, part in parts_by_module(adapter).values():
+        graft.attach(module, adapter.name, part, needs_hook=module in in_fused_layers)
+    record.add(model, adapter.name, adapter)
+    watch_steps(adapter)
+
+
+def _check_can_start(adapter: Adapter) -> None:
+    name = adapter.name
+    if not graft.is_adapter_name(name):
+        raise AttachError(f"{name!r} cannot be an adapter's name: torch does not take it as the name of a child; choose another")
+    if name in adapters(adapter.model):
+        raise AttachError(f"the model has an adapter {name!r}; detach it, or choose another name=…")
+    if not adapter.plan.sites:
+        raise AttachError("nothing is selected: there would be nothing to train")
+    graft.check_no_routes(adapter.model, "attached")
+
+
+def _site_parts(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> tuple[dict[str, SitePart], dict[str, Form]]:
+    parts: dict[str, SitePart] = {}
+    forms: dict[str, Form] = {}
+    for layer in adapter.plan.sites:
+        graft.check_can_attach(adapter.name, layer.name, adapter.model.get_submodule(layer.name))
+        parts[layer.name], form = _site_part(adapter, layer, configs[layer.name], make)
+        if form is not None:
+            forms[layer.name] = form
+    return parts, forms
+
+
+def _copies(adapter: Adapter) -> dict[str, TrainedCopy]:
+    """Copy the fully trained modules. A module with two names is copied once."""
+    model, copies = adapter.model, dict[str, TrainedCopy]()
+    in_attention = modules_in_attention(model)
+    names: dict[nn.Module, str] = {}
+    for name in _runnable(model, adapter.plan.trained):
+        names.setdefault(model.get_submodule(name), name)
+    for module, name in names.items():
+        graft.check_can_attach(adapter.name, name, module)
+        fast_paths.check_forward_runs(name, module, in_attention)
+        _check_trainable(name, module)
+        copies[name] = TrainedCopy(module, _trainable_copy(module))
+    return copies
+
+
+def _share(adapter: Adapter, parts: Mapping[str, SitePart]) -> None:
+    """Set the tensors that the adapter's sites share, for a method with the hook adapter_shared."""
     if not adapter.hooks.has("adapter_shared"):
         return
-    shared = make_shared(adapter.hooks, adapter.sites, adapter.config)
-    for name, part in adapter.parts.items():
+    shared = make_shared(adapter.hooks, [part.site for part in parts.values()], adapter.config)
+    for name, part in parts.items():
         if both := sorted(set(shared) & part.tensors().keys()):
             raise PluginError(f"{name}: {adapter.method} makes {', '.join(both)} by adapter_init and by adapter_shared")
         part.shared = shared
 
 
-def _check_clashes(adapter: Adapter) -> None:
-    """
+def _check_clashes(adapter: Adapter, parts: Mapping[str, SitePart], copies: Mapping[str, TrainedCopy]) -> None:
+    """Refuse to fully train a module in which another adapter has a site, or the reverse: the copy would bypass that adapter.
+
     Raises:
-        AttachError: one adapter trains a module whole in which another has a site: the copy would pass over that.
+        AttachError: there is such a module.
     """
     for other in adapters(adapter.model).values():
-        for whole, sites in ((other.copies, adapter.parts), (adapter.copies, other.parts)):
+        for trained, sites in ((other.copies, parts), (copies, other.parts)):
             for name in sites:
-                if is_inside(name, whole):
+                if is_inside(name, trained):
                     raise AttachError(
-                        f"{name}: one of {other.name!r} and {adapter.name!r} trains it whole and the other adapts it; do one of the two"
+                        f"{name}: one of {other.name!r} and {adapter.name!r} trains it fully and the other adapts it; do one of the two"
                     )
 
 
 def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tuple[SitePart, Form | None]:
-    """The part for one site; and what its module is to become first, if the method asks for that."""
+    """Create the part for one site. If the method has adapter_prepare, also return the form that replaces the site's module."""
     module = adapter.model.get_submodule(layer.name)
     site = replace(site_of(layer, module), beneath=Stack(module))
     layer_instead = adapter.hooks.prepare(site, config)
@@ -151,34 +186,37 @@ def _site_part(adapter: Adapter, layer: Layer, config: Config, make: Make) -> tu
     expected = adapter.hooks.shapes(site, config)
     if shapes != expected:
         raise AttachError(
-            f"{layer.name}: the plugin {adapter.method!r} made tensors of shapes {shapes}, where its adapter_shapes says {expected}"
+            f"{layer.name}: the plugin {adapter.method!r} created tensors of shapes {shapes}, but its adapter_shapes returns {expected}"
         )
     weight: Tensor = module.weight  # type: ignore[assignment]
-    ordered = {name: tensors[name] for name in expected}  # by their order optimizers know parameters
+    ordered = {name: tensors[name] for name in expected}  # keep the declared order: optimizer state is matched by parameter order
     moved = ordered if weight.is_meta else {name: tensor.to(weight.device) for name, tensor in ordered.items()}
     part = SitePart(replace(site, module=module), adapter.method, config, moved, adapter.hooks.method.buffers)
     return part, None if layer_instead is None else graft.form_of(layer_instead)
 
 
 def _replaced(layer: Layer, module: nn.Module, instead: nn.Module) -> Site:
-    """The site as it will be when `module` has become `instead`."""
+    """Return the site as it will be when `instead` has replaced `module`."""
     if parts_of(module):
-        raise AttachError(f"{layer.name}: other adapters were made for its weight as it is; detach them, or prepare the layer first")
+        raise AttachError(
+            f"{layer.name}: the method replaces the layer, but other adapters depend on its present weight; "
+            "detach them, or attach this one first"
+        )
     if layer.tied:
         raise AttachError(f"{shares_weight(layer.name, layer.tied)}, and would no longer be; exclude one of them")
     kind, reason = kind_of(instead, registry().kinds())
     if kind is None:
-        raise AttachError(f"{layer.name}: what it is to become cannot be adapted: it {reason or 'has no kind'}")
+        raise AttachError(f"{layer.name}: the layer that replaces it cannot be adapted: it {reason or 'has no kind'}")
     return site_of(replace(layer, kind=kind.name), instead)
 
 
 def _home(site: Site) -> str:
-    """Where a site's tensors are made: on the CPU, for the same numbers everywhere; without values if the model has none."""
+    """Return the device that a site's tensors are created on: meta if the weight is there, else the CPU, for the same values everywhere."""
     return "meta" if site.module.weight.is_meta else "cpu"  # type: ignore[union-attr]
 
 
 def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Containers that only chain or hold their children are replaced by these: it is the children that run."""
+    """Replace containers by their children, because the forward of a plain container is never called or only calls the children."""
     found: list[str] = []
     for name in names:
         module = model.get_submodule(name)
@@ -192,15 +230,16 @@ def _runnable(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _check_trainable(name: str, module: nn.Module) -> None:
-    """
+    """Check that the module can be trained.
+
     Raises:
-        AttachError: a weight in the module is quantised, and codes have no gradient.
+        AttachError: a weight in the module is quantized, and codes have no gradient.
     """
     for child_name, child in module.named_modules():
         kind, _ = kind_of(child, registry().kinds())
         if kind is not None and kind.quantized:
             where = f"{name}.{child_name}" if child_name else name
-            raise AttachError(f"{where}: its weight is quantized, so it cannot be trained whole; put an adapter on it instead")
+            raise AttachError(f"{where}: its weight is quantized, so it cannot be trained itself; put an adapter on it instead")
 
 
 def _trainable_copy(module: nn.Module) -> nn.Module:

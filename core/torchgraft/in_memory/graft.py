@@ -1,7 +1,7 @@
-"""Attaching to a layer, by giving the module object a subclass of its own class.
+"""Attaching to a layer: the class of the module object is replaced by a subclass of it.
 
 The object, its name, its parameters and `isinstance` stay as they were. The adapters are children of the module, under
-`adapters`, so that `state_dict`, `.to()`, FSDP and `deepcopy` find them. torch's FSDP2 swaps classes in the same way.
+`adapters`, so `state_dict`, `.to()`, FSDP and `deepcopy` find them. torch's FSDP2 swaps classes in the same way.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torchgraft.kinds.kind import CARRIER, CHILD
 
 
 class Grafted(nn.Module):
-    """Mixed into the class of a module that carries adapters."""
+    """Base class mixed into the class of a module that carries adapters."""
 
     _graft_routes: Router | None = None
-    """Set where each sample of a batch has an adapter of its own."""
+    """Set within a block of `per_sample`."""
     adapters: nn.ModuleDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,9 +34,9 @@ class Grafted(nn.Module):
         return layer(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made here and has no importable name: rebuild it from the one that has.
+        # The class was created here and cannot be imported by name, so _rebuild creates it from the original class.
         _, arguments, *rest = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        if rest and isinstance(rest[0], dict):  # a copy is not in the block that sends samples their ways
+        if rest and isinstance(rest[0], dict):  # a copy is not in the block of per_sample that the original is in
             rest[0] = {key: value for key, value in rest[0].items() if key != "_graft_routes"}
         return (_rebuild, (base_class(self), *arguments[1:]), *rest)
 
@@ -47,7 +47,7 @@ _classes: dict[type, type[nn.Module]] = {}
 
 
 def _grafted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """One class for each base, so that equal modules stay of equal type."""
+    """Return the grafted class of `base`, the same one each time, so that modules of one class stay of one class."""
     if base not in _classes:
         _classes[base] = type(f"Grafted{base.__name__}", (Grafted, base), {"__module__": base.__module__})
     return _classes[base]
@@ -59,16 +59,16 @@ def _rebuild(base: type[nn.Module], *arguments: Any) -> nn.Module:
 
 
 def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that `module` had before anything was attached."""
+    """Return the class that `module` had before anything was attached."""
     cls = type(module)
     return cls.__mro__[2] if isinstance(module, Grafted) else cls
 
 
 def attach(module: nn.Module, name: str, part: Part, *, needs_hook: bool = False) -> None:
-    """Put `part` on `module` under the adapter's name; it runs after those that are there.
+    """Attach `part` to `module` under the adapter's name. It runs after the parts that are on the module already.
 
     Args:
-        needs_hook: add a hook that does nothing, for a module that `fast_paths.modules_in_fused_layers` found.
+        needs_hook: add a no-op hook, for a module that `fast_paths.modules_in_fused_layers` found.
     """
     if not isinstance(module, Grafted):
         module.__class__ = _grafted_class(type(module))
@@ -80,7 +80,7 @@ def attach(module: nn.Module, name: str, part: Part, *, needs_hook: bool = False
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Take the adapter's part off; with the last one, the module gets its own class back."""
+    """Remove the adapter's part; with the last part, restore the module's class."""
     del container_of(module)[name]
     if not container_of(module):
         del module._modules[CHILD]
@@ -90,25 +90,26 @@ def detach(module: nn.Module, name: str) -> None:
 
 
 def check_no_routes(model: nn.Module, what: str) -> None:
-    """
+    """Check that no block of `per_sample` is active: within it, adapters and weights must stay as they were when it began.
+
     Args:
-        what: "merged"
+        what: the refused operation, for the message: "merged".
 
     Raises:
-        AttachError: it is in a block of `per_sample`, which knows the adapters and weights that were there when it began, and in
-            which none lies beneath another.
+        AttachError: the model is in such a block.
     """
     if any(isinstance(module, Grafted) and module._graft_routes is not None for module in model.modules()):
         raise AttachError(f"within per_sample no adapter can be {what}; leave the block first")
 
 
 def form_of(module: nn.Module) -> Form:
+    """Return the class and content of `module`, without its hooks and adapters."""
     members = {key: value for key, value in module.__dict__.items() if key not in _MODULE_MEMBERS}
     return Form(base_class(module), members, dict(module._parameters), dict(module._buffers))
 
 
 def become(module: nn.Module, form: Form) -> None:
-    """Give `module` another class and content. It stays the same object, with its hooks and adapters."""
+    """Replace the class and content of `module`. It stays the same object, with its hooks and adapters."""
     for key in form_of(module).members:
         del module.__dict__[key]
     module.__dict__.update(form.members)
@@ -119,11 +120,11 @@ def become(module: nn.Module, form: Form) -> None:
 
 
 _MODULE_MEMBERS = frozenset(nn.Module().__dict__) | {"_graft_hook", "_graft_routes"}
-"""The plain members that every module has."""
+"""Plain attributes that every module has, and torchgraft's own: no part of a `Form`."""
 
 
 def strip(module: nn.Module) -> None:
-    """Take every adapter off `module` and what is in it."""
+    """Remove every adapter from `module` and its submodules."""
     for child in list(module.modules()):
         if isinstance(child, Grafted):
             for name in list(container_of(child)):
@@ -131,16 +132,17 @@ def strip(module: nn.Module) -> None:
 
 
 def check_can_attach(name: str, layer: str, module: nn.Module) -> None:
-    """
+    """Check that an adapter called `name` can be attached to the module.
+
     Raises:
-        AttachError: the module carries an adapter of this name, or has a member in the way.
+        AttachError: the module carries an adapter of this name, has a member called "adapters", or its class cannot be subclassed.
     """
     if isinstance(module, Grafted):
         if name in container_of(module):
             raise AttachError(f"{layer}: there is an adapter {name!r} on it; detach it, or choose another name=…")
         return
     if hasattr(module, CHILD):
-        raise AttachError(f"{layer}: its class has a member called {CHILD!r}, where adapters would be kept")
+        raise AttachError(f"{layer}: its class has a member called {CHILD!r}, where torchgraft stores adapters; exclude this layer")
     try:
         _grafted_class(type(module))
     except TypeError as error:
@@ -148,9 +150,9 @@ def check_can_attach(name: str, layer: str, module: nn.Module) -> None:
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether torch takes it as the name of a child: no dot, not empty, no member of nn.ModuleDict."""
+    """Whether torch accepts `name` as the name of a child: no dot, not empty, no member of nn.ModuleDict."""
     return bool(name) and "." not in name and not hasattr(nn.ModuleDict, name) and name not in nn.ModuleDict().__dict__
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
-    """A forward hook that is there only to be there."""
+    """No-op hook: its presence disables the fused encoder path."""

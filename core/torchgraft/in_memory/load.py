@@ -1,4 +1,4 @@
-"""Loading an adapter directory onto a model in memory."""
+"""Load an adapter directory onto a model in memory."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
 
     Raises:
         FileFormatError: the directory or a file in it is missing or broken.
-        PairingError: the adapter does not fit the model: a tensor is missing, left over or of another shape, or the
-            model's weights are not those that it was made for. The model is then unchanged.
+        PairingError: the adapter does not fit the model: a tensor is missing, unexpected or of another shape, or the
+            model's weights differ from those that the adapter was trained on. The model is then unchanged.
 
-    On a model without values (on the meta device) the adapter's tensors stay on the CPU with theirs. The base's come by
-    `model.load_state_dict(state, strict=False, assign=True)`; `to_empty` would take the adapter's away again.
+    On a model without values (on the meta device) the adapter's tensors keep their values, on the CPU. Load the base's values with
+    `model.load_state_dict(state, strict=False, assign=True)`; `to_empty` would discard the adapter's values.
     """
     base = base_of_module(model)
     files = read_adapter(directory)
@@ -57,7 +57,7 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
 
 
 def _keep_fingerprints(adapter: Adapter, pairing: Pairing) -> None:
-    """For a save while the weights, on the meta device, do not tell what the adapter was made for."""
+    """Store the recorded fingerprints, because `save` cannot compute them while the weights are on the meta device."""
     for paired in pairing.sites:
         entry = pairing.files.recorded_sites.get(paired.own_name)
         if entry is not None and fingerprint.comparable(paired.site.dtype, entry.dtype):
@@ -68,7 +68,7 @@ def _keep_fingerprints(adapter: Adapter, pairing: Pairing) -> None:
 def _fill_copies(adapter: Adapter, pairing: Pairing, tensors: dict[str, Tensor]) -> None:
     for name, copy in adapter.copies.items():
         targets: dict[str, Tensor] = copy.module.state_dict(keep_vars=True)
-        filled: dict[Tensor, Tensor] = {}  # a tensor of two names is one
+        filled: dict[Tensor, Tensor] = {}  # by tensor, because a tied tensor has several names
         for key, target in targets.items():
             filled[target] = _filled(target, tensors[pairing.trained[f"{name}.{key}"]])
         if any(target.is_meta for target in filled):
@@ -76,7 +76,7 @@ def _fill_copies(adapter: Adapter, pairing: Pairing, tensors: dict[str, Tensor])
 
 
 def _filled(target: Tensor, values: Tensor) -> Tensor:
-    """`target` with `values` in it; one on the meta device cannot hold any, and another takes its place."""
+    """Copy `values` into `target` and return it. For a target on the meta device, return a new tensor that replaces it."""
     if not target.is_meta:
         return target.copy_(values)
     return nn.Parameter(values.to(target.dtype)) if isinstance(target, nn.Parameter) else values.to(target.dtype)

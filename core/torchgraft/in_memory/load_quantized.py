@@ -1,7 +1,7 @@
-"""Loading a transformers model with some of its layers in 4 bits, one tensor at a time.
+"""Load a transformers model with some of its layers in 4 bits, one tensor at a time.
 
-transformers builds the model, finds the tensors and their names, and ties what is tied; this module says which layers
-are quantised, and how. The weights in 16 bits are never in memory together.
+transformers builds the model, finds the tensors and their names, and ties weights; this module determines which layers
+are quantized, and how. The 16-bit weights are never all in memory at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 NAME = "torchgraft_4bit"
-"""Of our quantizer, in transformers' registry."""
+"""Name of torchgraft's quantizer in transformers' registry."""
 
 
 def load_quantized(
@@ -43,25 +43,28 @@ def load_quantized(
     device: str | torch.device | None = None,
     **options: Any,
 ) -> PreTrainedModel:
-    """A transformers model whose layers in `targets` (default: @linear) are quantised while they are read.
+    """Load a transformers model; the layers in `targets` (default: @linear) are quantized as they are read.
 
-    `tg.apply(model, "qlora", targets)` then puts adapters on it; so does every other method.
+    `tg.apply(model, "qlora", targets)` then attaches adapters to it; every other method works as well.
+
+    Process-wide effects: a quantizer "torchgraft_4bit" is added to transformers' registry and stays there, and glibc's `malloc_trim`
+    is called after each quantized weight.
 
     Args:
         source: a checkpoint directory or a hub id.
         quant_type: "nf4" or "fp4".
-        double_quant: quantise the blocks' scales, too: 4.127 bits for each weight instead of 4.5.
-        block_size: weights that share a scale.
-        compute_dtype: what the weights are dequantised to in forward.
+        double_quant: quantize the blocks' scales, too: 4.127 bits per weight instead of 4.5.
+        block_size: number of weights that share a scale.
+        compute_dtype: dtype to which the weights are dequantized in forward.
         model_class: a class of transformers, AutoModelForSequenceClassification; by default the one that config.json names.
-        device: where the model goes.
-        options: for `from_pretrained`; `dtype` is that of the layers that are not quantised.
+        device: device of the model; by default the CPU.
+        options: for `from_pretrained`; `dtype` is the dtype of the layers that are not quantized.
 
     Raises:
-        FileFormatError: there is no such checkpoint, it does not say what to build, or it is quantised already.
-        ConfigError: an option has a value that bitsandbytes does not know.
+        FileFormatError: there is no such checkpoint, its config.json names no model class, or it is quantized already.
+        ConfigError: an option has a value that bitsandbytes does not support.
         SelectionError: a pattern is malformed or matches nothing.
-        AttachError: a selected layer cannot be quantised.
+        AttachError: a selected layer cannot be quantized.
     """
     try:
         import transformers
@@ -84,13 +87,15 @@ def load_quantized(
 
 def _check_config(root: Path) -> None:
     if not (root / "config.json").is_file():
-        raise FileFormatError(f"{root}: no config.json that says what to build; build the model yourself, then tg.apply(model, 'qlora')")
+        raise FileFormatError(
+            f"{root}: no config.json that names the model's class; build the model yourself, then tg.apply(model, 'qlora')"
+        )
     if read_json(root / "config.json").get("quantization_config"):
         raise FileFormatError(f"{root}: its weights are quantized already; load it with transformers and put adapters on that")
 
 
 def _quantize_the_rest(model: PreTrainedModel, how: Quantization) -> None:
-    """Layers that are not in the files, such as a new head: transformers has given them their initial values."""
+    """Quantize the layers that are not in the files, such as a new head, which transformers has initialized."""
     for module in model.modules():
         if getattr(module, "quant_state", module) is None:
             set_weight(module, module.weight.data, how)  # type: ignore[arg-type]
@@ -119,7 +124,7 @@ def _config(base: type[BitsAndBytesConfig], how: Quantization, targets: Any, lay
 
 
 def _register() -> None:
-    """Enter our quantizer into transformers' registry, once."""
+    """Add torchgraft's quantizer to transformers' registry, once."""
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -128,7 +133,7 @@ def _register() -> None:
         return
 
     class Quantize(ConversionOps):
-        """One tensor of the checkpoint into its layer."""
+        """Quantizes one tensor of the checkpoint into its layer."""
 
         def __init__(self, how: Quantization) -> None:
             self.how = how
@@ -145,7 +150,7 @@ def _register() -> None:
 
     @register_quantizer(NAME)
     class Quantizer(Bnb4BitHfQuantizer):
-        """transformers' own, but for which layers it takes and how it quantises them."""
+        """transformers' quantizer for bitsandbytes, with torchgraft's selection of layers and its quantization."""
 
         quantization_config: Any
 
@@ -166,23 +171,23 @@ def _register() -> None:
 
 
 def _unfit(layer: Layer, tied: Mapping[str, str]) -> str:
-    """Why a layer cannot be quantised."""
+    """Return why a layer cannot be quantized; empty if it can."""
     if layer.kind != "Linear":
         return f"only a Linear can be quantized, and its kind is {layer.kind}"
     if layer.dtype == "float64":
         return "bitsandbytes does not quantize float64 (dtype=torch.bfloat16 converts it)"
     other = tied.get(f"{layer.name}.weight", "")
-    return f"its weight is also {other}" if other else ""
+    return f"its weight is shared with {other}" if other else ""
 
 
 def _release() -> None:
-    """Give freed memory back: glibc keeps the holes that quantising leaves, several times what the model takes."""
+    """Return freed memory to the system: glibc would keep the fragments that quantizing leaves, several times the size of the model."""
     if hasattr(ctypes.pythonapi, "malloc_trim"):
         ctypes.pythonapi.malloc_trim(0)
 
 
 def _present_as_bitsandbytes(model: PreTrainedModel, how: Quantization, quantized: list[str]) -> None:
-    """Leave the config that plain transformers would have, so that the model can be saved and loaded by it."""
+    """Set the config that transformers itself would set, so that it can save and load the model."""
     import transformers
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

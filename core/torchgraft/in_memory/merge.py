@@ -1,4 +1,4 @@
-"""Merging an adapter into the weights of a model in memory, and taking it out again, bit for bit."""
+"""Merge an adapter into the weights of a model in memory, and unmerge it bit for bit."""
 
 from __future__ import annotations
 
@@ -26,11 +26,16 @@ Parts = Mapping[str, tuple[nn.Module, Part]]
 
 
 def merge_parts(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]], biases: Mapping[str, str]) -> None:
-    """Merge every part into its module, or none.
+    """Merge every part into its module. If it raises, nothing has changed.
 
     Args:
+        adapter: the adapter's name, for messages.
         tied: layer → the layers that share its weight.
         biases: layer → a parameter that shares the memory of its bias.
+
+    Raises:
+        MergeError: a part is merged already, a tensor cannot be written or is shared, the order of merging is wrong, or a
+            result is not finite.
     """
     for name, (module, part) in parts.items():
         if part.undo is not None:
@@ -38,7 +43,7 @@ def merge_parts(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]],
         _check_weights(name, module, part, tied)
         if name in biases and isinstance(part, SitePart) and changes_bias(_applied(part), part.site.out_features):
             raise MergeError(
-                f"{name}: its bias is also {biases[name]}, so merging would change both. Give it a bias of its own, "
+                f"{name}: its bias shares memory with {biases[name]}, so merging would change both. Give it a bias of its own, "
                 "or leave the adapter unmerged"
             )
         _check_order(name, module, part)
@@ -46,7 +51,11 @@ def merge_parts(adapter: str, parts: Parts, tied: Mapping[str, tuple[str, ...]],
 
 
 def unmerge_parts(adapter: str, parts: Parts, discard_edits: bool) -> None:
-    """Give every module its original tensors, or change none."""
+    """Restore every module's original tensors. If it raises, nothing has changed.
+
+    Raises:
+        MergeError: a part is not merged, another adapter was merged after it, or tensors changed since the merge.
+    """
     for name, (module, part) in parts.items():
         if part.undo is None:
             raise MergeError(f"the adapter {adapter!r} is not merged ({name})")
@@ -59,13 +68,14 @@ def unmerge_parts(adapter: str, parts: Parts, discard_edits: bool) -> None:
 
 
 def forget(module: nn.Module, undo: Undo) -> None:
-    """A merge on `module` is kept for good: those above it now lie one lower."""
+    """Make a merge permanent: decrement the depth of every merge made after it."""
     for part in parts_of(module):
         if part.undo is not None and part.undo.depth > undo.depth:
             part.undo = replace(part.undo, depth=part.undo.depth - 1)
 
 
-def _all_or_nothing(parts: Parts, do: Callable[[str, nn.Module, Part], None], take_back: Callable[[str, nn.Module, Part], None]) -> None:
+def _all_or_nothing(parts: Parts, do: Callable[[str, nn.Module, Part], None], undo: Callable[[str, nn.Module, Part], None]) -> None:
+    """Call `do` on every part. If one call raises, call `undo` on the parts before it and raise again."""
     done: list[str] = []
     try:
         for name, (module, part) in parts.items():
@@ -73,7 +83,7 @@ def _all_or_nothing(parts: Parts, do: Callable[[str, nn.Module, Part], None], ta
             done.append(name)
     except BaseException:
         for name in reversed(done):
-            take_back(name, *parts[name])
+            undo(name, *parts[name])
         raise
 
 
@@ -89,13 +99,13 @@ def _check_weights(name: str, module: nn.Module, part: Part, tied: Mapping[str, 
         if tensor.is_meta:
             raise MergeError(f"{name}: its {key} is on the meta device and has no values to merge into")
         if tensor.is_inference():
-            raise MergeError(f"{name}: its {key} was made in torch.inference_mode and cannot be written; load the model outside it")
+            raise MergeError(f"{name}: its {key} was created in torch.inference_mode and cannot be written; load the model outside it")
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-            raise MergeError(f"{name}: its {key} was expanded, so that its entries share their memory; clone it first")
+            raise MergeError(f"{name}: its {key} was expanded, so its entries share memory; clone it first")
 
 
 def _written(module: nn.Module, part: Part) -> dict[str, Tensor]:
-    """What a merge of `part` writes to, or replaces."""
+    """Return the tensors of `module` that a merge of `part` overwrites or replaces."""
     if not isinstance(part, SitePart):
         return dict(module.named_parameters())
     keys = [key for key, there in (("weight", part.hooks.merges_weight), ("bias", part.hooks.merges_bias)) if there]
@@ -103,21 +113,22 @@ def _written(module: nn.Module, part: Part) -> dict[str, Tensor]:
 
 
 def _check_order(name: str, module: nn.Module, part: Part) -> None:
-    """A method that is not additive works on the weight beneath it, and the others must not move under it."""
+    """Check that no earlier adapter is left unmerged where the order matters: a method that is not additive depends on its input weight."""
     parts = parts_of(module)
-    beneath = [other for other in parts[: parts.index(part)] if other.runs]
-    ordered = [other for other in (*beneath, part) if isinstance(other, SitePart) and not other.hooks.method.additive]
-    if beneath and ordered:
+    earlier = [other for other in parts[: parts.index(part)] if other.runs]
+    ordered = [other for other in (*earlier, part) if isinstance(other, SitePart) and not other.hooks.method.additive]
+    if earlier and ordered:
         raise MergeError(
-            f"{name}: {ordered[0].method} depends on the weight beneath it, so adapters on this layer are merged in the order in which "
-            "they were attached: merge the earlier one first"
+            f"{name}: {ordered[0].method} depends on the weight with the earlier adapters in it, so adapters on this layer are merged in "
+            "the order in which they were attached: merge the earlier one first"
         )
 
 
 def check_switchable(adapter: str, parts: Parts) -> None:
-    """
+    """Check that no merged result depends on whether this adapter is active.
+
     Raises:
-        MergeError: an adapter above is merged, and what it gave depends on this one being on or off.
+        MergeError: a later adapter is merged, and it or this adapter is not additive.
     """
     for name, (module, part) in parts.items():
         found = parts_of(module)
@@ -153,13 +164,13 @@ def _merge_site(name: str, module: nn.Module, part: SitePart) -> None:
     merged, needed = merge_tensor(name, kind, applied, original)
     undo = replace(undo, merged={**undo.merged, "weight": sha256_of_tensor(merged)})
     if kind.quantized and not isinstance(module, Dequantized):
-        # Codes have no room for the result: the layer is dense until it is unmerged.
+        # The result cannot be represented in quantized codes, so the layer is dense until it is unmerged.
         undo = replace(undo, form=form_of(module))
         new = nn.Parameter(bias["bias"], requires_grad=False) if bias else module.bias
         become(module, form_of(Dequantized(merged, new)))  # type: ignore[arg-type]
     else:
-        nearly = unmerge_tensor(kind, applied, merged, needed)
-        undo = replace(undo, correction=make_correction(original, nearly), original=sha256_of_tensor(original), needed=needed)
+        approximate = unmerge_tensor(kind, applied, merged, needed)
+        undo = replace(undo, correction=make_correction(original, approximate), original=sha256_of_tensor(original), needed=needed)
         _write(own_state(module), {"weight": merged, **bias})
     part.undo = undo
 
@@ -169,7 +180,7 @@ def _applied(part: SitePart) -> Applied:
 
 
 def _merged_bias(name: str, applied: Applied, module: nn.Module, rows: int) -> dict[str, Tensor]:
-    """Empty if the layer has none, or the method leaves it as it is."""
+    """Return {"bias": merged bias}; empty if the layer has no bias or the method does not change it."""
     bias = module._parameters.get("bias")
     if bias is None:
         check_no_bias(name, applied, rows)
@@ -200,8 +211,8 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
     elif isinstance(part, SitePart) and undo.correction is not None:
         weight: Tensor = module.weight  # type: ignore[assignment]
         applied = Applied(part.hooks, part.config, {**part.params(), **undo.snapshot})
-        nearly = unmerge_tensor(part.site.kind, applied, weight.detach(), undo.needed)
-        _write(own_state(module), {"weight": restore(nearly, undo.correction, undo.original, name), **undo.originals})
+        approximate = unmerge_tensor(part.site.kind, applied, weight.detach(), undo.needed)
+        _write(own_state(module), {"weight": restore(approximate, undo.correction, undo.original, name), **undo.originals})
     elif isinstance(part, SitePart):
         _write(module._parameters, undo.originals)  # type: ignore[arg-type]
     else:
@@ -210,10 +221,10 @@ def _restore(name: str, module: nn.Module, part: Part) -> None:
 
 
 def _check_unedited(name: str, state: Mapping[str, Tensor], undo: Undo) -> None:
-    """An edit could hide under the corrections, so the merged tensors are checked before anything is restored."""
+    """Check the merged tensors before anything is restored, because the corrections would turn an edit into wrong weights."""
     for key, expected in undo.merged.items():
         if sha256_of_tensor(state[key]) != expected:
-            raise MergeError(f"{name}: its {key} was changed since the merge, so unmerging would lose that. Nothing was changed")
+            raise MergeError(f"{name}: its {key} was changed after the merge, and unmerging would lose that change. Nothing was changed")
 
 
 def _check_adapter(name: str, part: Part, discard_edits: bool) -> None:
@@ -222,8 +233,8 @@ def _check_adapter(name: str, part: Part, discard_edits: bool) -> None:
     changed = [key for key, merged in part.undo.snapshot.items() if not _same_bits(tensors[key].detach(), merged)]
     if changed and not discard_edits:
         raise MergeError(
-            f"{name}: the adapter's {', '.join(changed)} changed while it was merged, so the weights do not hold what it says. "
-            "unmerge(discard_edits=True) sets it back to what was merged"
+            f"{name}: the adapter's {', '.join(changed)} changed while it was merged, so it no longer matches the weights. "
+            "unmerge(discard_edits=True) resets it to the values that were merged"
         )
     _write(tensors, {key: part.undo.snapshot[key] for key in changed})
 
@@ -243,7 +254,7 @@ def _merges_on(module: nn.Module) -> int:
 
 @torch.no_grad()
 def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """All of them, or none."""
+    """Copy every value into its target. If one copy raises, restore the others."""
     before = {key: targets[key].clone() for key in values}
     try:
         for key, value in values.items():
@@ -255,9 +266,7 @@ def _write(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def frozen_fingerprint(site: Site) -> str:
-    """Of the weight as it was before any adapter was merged into it."""
-    from torchgraft.in_memory.parts import parts_of
-
+    """Return the fingerprint of the weight as it was before any adapter was merged into it."""
     parts = parts_of(site.module) if site.module is not None else []
     first = next((part.undo for part in parts if part.undo is not None and part.undo.depth == 0), None)
     return first.fingerprint if first is not None else fingerprint_of(site)

@@ -1,4 +1,4 @@
-"""Optimizers by name, and what they are given."""
+"""Create optimizers by name, and check the parameter groups passed to them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ BITSANDBYTES = {
     for family, cls in FAMILIES.items()
     for bits in (32, 8)
 }
-"""Our name → that in bitsandbytes.optim. The paged ones move moments to the host's memory when the GPU's is full."""
+"""Name in `Adapter.optimizer` → class in bitsandbytes.optim. Paged optimizers move moments to host memory when GPU memory is full."""
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, nn.Parameter], method: str) -> None:
-    """
+    """Check that a method's groups contain every parameter once.
+
     Raises:
-        PluginError: a parameter is missing from a method's groups, so that it would not be trained, or is there twice.
+        PluginError: a parameter is missing, so it would not be trained, or is there several times.
     """
     counts = Counter(id(parameter) for group in groups for parameter in group["params"])
     for name, parameter in parameters.items():
         if counts[id(parameter)] != 1:
-            raise PluginError(f"{name} is {counts[id(parameter)]} times in the parameter groups that {method} makes; it must be there once")
+            raise PluginError(f"{name} is {counts[id(parameter)]} times in the parameter groups of {method}; it must be there once")
 
 
 def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, **options: Any) -> Optimizer:
-    """
+    """Create the optimizer called `name`, of torch or of bitsandbytes.
+
     Raises:
         ConfigError: there is no such optimizer, or the parameters' device has no paging.
     """
@@ -48,8 +50,8 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], lr: float, **options
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     if name.startswith("paged_") and devices - {"cuda", "xpu"}:
         raise ConfigError(
-            f"{name} pages its moments between the GPU's memory and the host's, and these parameters are on {', '.join(sorted(devices))}, "
-            f"which has no paging; use {name.removeprefix('paged_')!r}"
+            f"{name} pages its moments between GPU and host memory, but these parameters are on {', '.join(sorted(devices))}, which has no "
+            f"paging; use {name.removeprefix('paged_')!r}"
         )
     import bitsandbytes
 

@@ -1,4 +1,4 @@
-"""Parameter groups with a learning rate of their own for each role."""
+"""Build parameter groups with a separate learning rate for each role of a tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def scaled_param_groups(adapter: Adapter, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups with the rates of LoRA+ (Hayou et al. 2024, arXiv 2402.12354): μ_A = α_A·μ₀ and μ_B = α_B·μ₀.
+    """Return parameter groups with the rates of LoRA+ (Hayou et al. 2024, arXiv 2402.12354): μ_A = α_A·μ₀ and μ_B = α_B·μ₀.
 
     | parameter                     | learning rate           | weight decay   |
     |-------------------------------|-------------------------|----------------|
@@ -20,9 +20,9 @@ def scaled_param_groups(adapter: Adapter, lr: float, weight_decay: float) -> lis
     | B                             | lr · lr_scale_b         | as given       |
     | A and B of an Embedding       | lr · lr_scale_embedding | as given       |
     | magnitude                     | lr                      | none: it would shrink the frozen weight itself |
-    | others, modules trained whole | lr                      | as given       |
+    | others, fully trained modules | lr                      | as given       |
 
-    The method declares what each of its tensors is, in `Method.roles`.
+    The method declares the role of each of its tensors in `Method.roles`.
     """
     groups: dict[tuple[float, float], list[Any]] = defaultdict(list)
     roles = adapter.hooks.method.roles
@@ -31,9 +31,9 @@ def scaled_param_groups(adapter: Adapter, lr: float, weight_decay: float) -> lis
             role = roles.get(name)
             decay = 0.0 if role == "magnitude" else weight_decay
             groups[lr * _lr_scale(part.config, role, part.site.kind.name), decay].append(parameter)
-    whole = [parameter for copy in adapter.copies.values() for parameter in copy.module.parameters()]
-    if whole:
-        groups[lr, weight_decay] += whole
+    fully_trained = [parameter for copy in adapter.copies.values() for parameter in copy.module.parameters()]
+    if fully_trained:
+        groups[lr, weight_decay] += fully_trained
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 

@@ -1,4 +1,4 @@
-"""The parts of an adapter: what it adds to one module."""
+"""The parts of an adapter. A part is what the adapter adds to one module."""
 
 from __future__ import annotations
 
@@ -21,54 +21,58 @@ from torchgraft.plugin.shared_tensors import SharedTensors
 
 
 class Part(nn.Module):
-    """What one adapter adds to one module."""
+    """Base class of what one adapter adds to one module."""
 
     def __init__(self) -> None:
         super().__init__()
         self.active = True
         self.undo: Undo | None = None
-        """What unmerge needs; there while this part is merged into the weight."""
+        """What unmerging needs; None unless this part is merged into the weight."""
 
     @property
     def runs(self) -> bool:
+        """Whether forward runs this part: it is active and not merged."""
         return self.active and self.undo is None
 
     def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The output of `layer` with this part on it."""
+        """Return the output of `layer` with this part applied."""
         return layer(*args, **kwargs)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The parts on `module` that run before `end`; all that run, if `end` is not on it yet."""
+    """The earlier adapters of `end`: the parts on `module` that run before it, or all that run if `end` is not attached yet."""
 
     module: nn.Module
     end: Part | None = None
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
+        """Return the canonical weight with the earlier adapters merged into it."""
         for part in self._parts():
             with exactly(weight):
                 weight = part.hooks.merge(part.config, widened(part.params(), weight.dtype, weight.device), weight)
         return weight
 
     def merged_bias(self, bias: Tensor) -> Tensor:
+        """Return the bias with the earlier adapters merged into it."""
         for part in self._parts():
             if part.hooks.merges_bias:
                 bias = part.hooks.merge_bias(part.config, part.params(), bias)
         return bias
 
     def names(self) -> list[str]:
-        """Of the adapters."""
+        """Return the names of the earlier adapters, in their order."""
         found = self._parts()
         return [name for name, part in container_of(self.module).items() if part in found] if found else []
 
     def tensors(self) -> list[Tensor]:
+        """Return all tensors of the earlier adapters."""
         return [tensor for part in self._parts() for tensor in part.params().values()]
 
     def _parts(self) -> list[SitePart]:
         if getattr(self.module, "_graft_routes", None) is not None:
-            return []  # each sample goes through one adapter
+            return []  # within per_sample each sample goes through one adapter only
         before = takewhile(lambda part: part is not self.end, parts_of(self.module))
         return [part for part in before if isinstance(part, SitePart) and part.runs]
 
@@ -81,10 +85,11 @@ class SitePart(Part):
         self.site = replace(site, beneath=Stack(site.module, self)) if site.module is not None else site
         self.method = method
         self.config: Any = config
-        """The method's own class of config."""
+        """The method's options for this site."""
         self.shared: SharedTensors | None = None
+        """Tensors that all sites of the adapter share, if the method has such."""
         self.fingerprint = ""
-        """Of the weight that the part was made for, as its file has it; empty if it is not known."""
+        """Fingerprint of the weight that the part was trained on, as recorded in its file; empty if unknown."""
         for name, tensor in tensors.items():
             if hasattr(self, name):
                 raise PluginError(
@@ -101,18 +106,19 @@ class SitePart(Part):
         self._forward = self.hooks.forward
 
     def tensors(self) -> dict[str, Tensor]:
-        """The site's own."""
+        """Return the site's own parameters and buffers."""
         return {**self._parameters, **self._buffers}  # type: ignore[dict-item]  # none is registered as None
 
     def params(self) -> dict[str, Tensor]:
-        """What the hooks are given: the site's own tensors, and those that the adapter's sites share."""
+        """Return the `params` of the hooks: the site's own tensors and those that the adapter's sites share."""
         own = self.tensors()
         return own if self.shared is None else {**own, **self.shared.like(own)}
 
     def train(self, mode: bool = True) -> SitePart:
-        """As in torch; and what was kept of the adapters' values is computed anew.
+        """Set the mode as in torch, and drop cached values that depend on adapters.
 
-        Moving averages of weights are put in by way of `parameter.data`, which nothing counts, and then eval is called.
+        Code that evaluates moving averages of weights assigns them to `parameter.data`, which changes no version counter, and then
+        calls eval.
         """
         self.site.forget_adapters()
         return super().train(mode)
@@ -122,7 +128,7 @@ class SitePart(Part):
         return self._forward(self.site, self.config, self.params(), x, layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plugins' functions may be closures, which neither pickle nor copy: they are looked up again.
+        # Plugins' functions may be closures, which cannot be pickled or copied: they are looked up again.
         return {key: value for key, value in self.__dict__.items() if key not in ("hooks", "_forward")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,11 +137,11 @@ class SitePart(Part):
 
 
 class TrainedCopy(Part):
-    """A whole module that is trained (`also_train`): it runs in the place of the original, which stays as it was."""
+    """The trained copy of a module named by `also_train`. It runs instead of the original, which is unchanged."""
 
     def __init__(self, original: nn.Module, module: nn.Module) -> None:
         super().__init__()
-        self._original = [original]  # in a list, for it is no child
+        self._original = [original]  # in a list, so that torch does not register it as a child
         self.module = module
 
     @property
@@ -147,18 +153,18 @@ class TrainedCopy(Part):
 
 
 def parts_of(module: nn.Module) -> list[Part]:
-    """What sits on `module`, in the order in which it was attached."""
+    """Return the parts on `module`, in the order in which they were attached."""
     return list(named_parts(module).values())
 
 
 def named_parts(module: nn.Module) -> dict[str, Part]:
-    """By the adapter's name, in the order in which they were attached."""
+    """Return adapter → its part on `module`, in the order in which they were attached."""
     return cast(dict[str, Part], container_of(module)._modules) if carries_adapters(module) else {}
 
 
 @dataclass
 class Form:
-    """What a module is made of, its hooks and adapters aside."""
+    """The class and content of a module, without its hooks and adapters."""
 
     cls: type[nn.Module]
     members: dict[str, Any]
@@ -172,29 +178,30 @@ def container_of(module: nn.Module) -> nn.ModuleDict:
 
 @dataclass(frozen=True)
 class Undo:
-    """What is kept while a part is merged."""
+    """What unmerging a part needs, held while the part is merged."""
 
     depth: int
-    """How many adapters were merged into the module before."""
+    """Number of adapters that were merged into the module before."""
     snapshot: dict[str, Tensor]
     """The adapter's own tensors as they were merged."""
     merged: dict[str, str]
-    """The digests of the module's tensors after the merge."""
+    """SHA-256 of each of the module's tensors after the merge."""
     correction: Correction | None = None
+    """Difference between the original weight and the result of unmerge arithmetic."""
     original: str = ""
-    """The digest of the weight before."""
+    """SHA-256 of the weight before the merge."""
     needed: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the method asked for, by its hook adapter_undo."""
+    """The tensors that the method's hook adapter_undo returned."""
     form: Form | None = None
-    """Of a quantised layer: what it was before it became a dense one."""
+    """Class and content of a quantized layer before the merge made it dense."""
     originals: dict[str, Tensor] = field(default_factory=dict)
-    """What was replaced: of a module that is trained whole, all; else a bias that was merged into."""
+    """The replaced tensors: all of a fully trained module's, else the bias if the method changed it."""
     fingerprint: str = ""
-    """Of the weight before the merge."""
+    """Fingerprint of the weight before the merge."""
 
 
 class Router(Protocol):
-    """Sends each sample of a batch through an adapter of its own (`per_sample`)."""
+    """Protocol of the object that sends each sample of a batch through its own adapter (`per_sample`)."""
 
     def forward(self, layer: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of `module`, whose own forward is `layer`."""
+        """Return the output of `module`, whose original forward is `layer`."""

@@ -1,7 +1,7 @@
 """Several adapters in one batch, each on the samples that name it.
 
-The batch is put in the order of its adapters, so that each has one run of rows: the frozen layer runs once for all of them, and
-each adapter once for its own. What is added grows with the number of different adapters, not with that of samples.
+The batch is sorted by adapter, so each adapter has one contiguous run of rows: the frozen layer runs once on all rows, and each
+adapter once on its own. The overhead grows with the number of different adapters, not with the number of samples.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from torchgraft.errors import AttachError, near
-from torchgraft.in_memory.adapter import adapters
+from torchgraft.in_memory.adapter import adapters, check_switchable
 from torchgraft.in_memory.graft import Grafted
 from torchgraft.in_memory.parts import Part, TrainedCopy, named_parts
 
 
 @contextmanager
 def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterator[None]:
-    """Within the block each sample of a batch goes through the adapter that is named for it, and through no other.
+    """Within the block, apply to each sample of a batch the adapter named for it, and no other.
 
         with tg.per_sample(model, ["german", "french", None, "german"]):
             model.generate(**batch_of_four)
 
-    Which adapters are active makes no difference there. Every adapted layer must be given the batch in its first dimension; one
-    of three dimensions or more may have a multiple of it, with the rows of a sample side by side, as in a beam search. Backward
-    passes that compute again what was checkpointed belong in the block; attaching, detaching, merging and saving are refused there.
-    Not for several threads at once on one model.
+    It ignores which adapters are active. The first dimension of every adapted layer's input must be the batch; an input of three or
+    more dimensions may have a multiple of it, with the rows of a sample next to each other, as in a beam search. With activation
+    checkpointing, run backward within the block too, because it repeats the forward. Attaching, detaching, merging and saving are
+    refused within the block. Do not use it from several threads at once on one model.
 
     Args:
         adapter_names: one for each sample; None for the model without an adapter.
@@ -40,7 +40,7 @@ def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterato
     Raises:
         AttachError: no name is given, or the model has no adapter of that name; in forward: a layer's input has another number of
             samples.
-        MergeError: an adapter is merged, so that the model without it is not at hand.
+        MergeError: an adapter is merged, so the model without it is not available.
     """
     names, found = list(adapter_names), adapters(model)
     if not names:
@@ -49,7 +49,7 @@ def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterato
         if name is not None and name not in found:
             raise AttachError(f"the model has no adapter {name!r}{near(name, found)}; it has {', '.join(found) or 'none'}")
     for adapter in found.values():
-        adapter.check_switchable()
+        check_switchable(adapter)
     routes = Routes.of(names)
     grafted = {name: module for name, module in model.named_modules() if isinstance(module, Grafted)}
     before = {name: module._graft_routes for name, module in grafted.items()}
@@ -67,14 +67,14 @@ def per_sample(model: nn.Module, adapter_names: Sequence[str | None]) -> Iterato
 
 @dataclass(frozen=True)
 class Routes:
-    """Which samples go through which adapter, in one module."""
+    """The assignment of samples to adapters, in one module."""
 
     counts: Mapping[str | None, int]
-    """Adapter → the number of its samples, in the order of the runs."""
+    """Adapter → number of its samples, in the order of the runs."""
     order: Sequence[int]
-    """The samples, run after run."""
+    """Indices of the samples, sorted by run."""
     where: str = ""
-    """The module's name."""
+    """Name of the module, for messages."""
 
     @classmethod
     def of(cls, names: Sequence[str | None]) -> Routes:
@@ -83,7 +83,7 @@ class Routes:
         return cls(counts, sorted(range(len(names)), key=lambda sample: ranks[names[sample]]))
 
     def forward(self, layer: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of `module`, whose own forward is `layer`."""
+        """Return the output of `module`, whose original forward is `layer`."""
         parts: dict[str | None, Part] = {name: part for name, part in named_parts(module).items() if name in self.counts}
         if not parts:
             return layer(*args, **kwargs)
@@ -95,17 +95,19 @@ class Routes:
         return out if order is None else out[order.argsort()]
 
     def _outputs(self, layer: Callable[..., Any], parts: Mapping[str | None, Part], x: Tensor, repeats: int) -> list[Tensor]:
-        """Run after run, of an input in the order of the runs."""
+        """Return the output of each run, for an input sorted by run."""
         runs = {name: repeats * count for name, count in self.counts.items()}
         inputs = dict(zip(runs, torch.split(x, list(runs.values())), strict=True))
-        # A copy runs in the place of the layer, which is then not to see its samples: a BatchNorm would learn from them.
+        # A trained copy runs instead of the layer, so the layer must not see its samples: a BatchNorm would update its statistics.
         seen = [name for name in runs if not isinstance(parts.get(name), TrainedCopy)]
         outputs: dict[str | None, Tensor] = {}
         if seen:
             y = self._tensor(layer(x if len(seen) == len(runs) else torch.cat([inputs[name] for name in seen])), "return")
             outputs = dict(zip(seen, torch.split(y, [runs[name] for name in seen]), strict=True))
         for name, part in parts.items():
-            outputs[name] = self._tensor(part.adapted(partial(_known, layer, inputs[name], outputs.get(name)), inputs[name]), "return")
+            outputs[name] = self._tensor(
+                part.adapted(partial(_base_output, layer, inputs[name], outputs.get(name)), inputs[name]), "return"
+            )
         return [outputs[name] for name in runs]
 
     def _tensor(self, value: Any, what: str) -> Tensor:
@@ -114,22 +116,22 @@ class Routes:
         return value
 
     def _repeats(self, x: Tensor) -> int:
-        """How many rows of `x` there are for each sample."""
+        """Return how many rows of `x` each sample has."""
         rows, samples = x.shape[0] if x.dim() else 0, len(self.order)
         if rows == samples or (x.dim() > 2 and rows and rows % samples == 0):
             return rows // samples
         raise AttachError(
-            f"{self.where}: its input has {rows} in the first dimension, where adapter_names has {samples}; per_sample works on layers "
-            "that are given the batch there"
+            f"{self.where}: the first dimension of its input is {rows}, but adapter_names has {samples} entries; per_sample needs the "
+            "batch in the first dimension"
         )
 
     def _rows(self, repeats: int, device: torch.device) -> Tensor | None:
-        """The rows of a batch, run after run; None if that is how they are."""
+        """Return the indices that sort the rows of a batch by run; None if they are sorted already."""
         if list(self.order) == sorted(self.order):
             return None
         return torch.tensor([sample * repeats + row for sample in self.order for row in range(repeats)], device=device)
 
 
-def _known(layer: Callable[..., Any], x: Tensor, y: Tensor | None, asked: Tensor) -> Any:
-    """`layer(asked)`, where `layer(x)` is known to be `y`."""
-    return y if asked is x else layer(asked)
+def _base_output(layer: Callable[..., Any], x: Tensor, y: Tensor | None, requested: Tensor) -> Any:
+    """Return the cached base output `y` if the method asks for exactly `x`; otherwise run the layer."""
+    return y if requested is x else layer(requested)

@@ -1,4 +1,4 @@
-"""What is saved of an adapter that is on a model."""
+"""Collect what is saved of an adapter that is attached to a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchgraft.plugin.registry import registry
 
 
 def quantized_beside(model: nn.Module, sites: Container[str]) -> dict[str, dict[str, Any]]:
-    """Layer → how it is quantised, and from what dtype: the quantised layers of `model` that are no sites."""
+    """Return layer → its quantization and source dtype, for the quantized layers of `model` that are not among `sites`."""
     found = {}
     for layer in layers_of_module(model, registry().kinds()):
         if layer.kind is not None and layer.name not in sites and (kind := registry().kind(layer.kind)).quantized:
@@ -25,6 +25,7 @@ def quantized_beside(model: nn.Module, sites: Container[str]) -> dict[str, dict[
 
 
 def saved_site(part: SitePart) -> SavedSite:
+    """Return the record of one site: its options, tensors, fingerprint and, if the method is not additive, the earlier adapters."""
     site, beneath = part.site, [] if part.hooks.method.additive or part.site.beneath is None else part.site.beneath.names()
     if part.site.weight_tensors()[0].is_meta:
         known = part.fingerprint
@@ -32,6 +33,6 @@ def saved_site(part: SitePart) -> SavedSite:
         known = part.undo.fingerprint
     elif part.hooks.method.additive:
         known = frozen_fingerprint(site)
-    else:  # of a weight with adapters in it that are not merged, the last bits are those of the arithmetic here
+    else:  # with unmerged earlier adapters the last bits of the weight depend on this machine's arithmetic
         known = "" if beneath else fingerprint_of(site)
     return SavedSite(site, part.config, part.tensors(), known, beneath)

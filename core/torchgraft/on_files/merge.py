@@ -82,6 +82,9 @@ def merge_checkpoint(
 
     Arithmetic is in float64, rounded to the dtype that is written.
 
+    While it runs, torch computes with one thread and Python's thread switch interval is 0.1 ms, in the whole process; both are
+    restored. glibc's mmap threshold stays at its maximum afterwards.
+
     Args:
         adapter: its directory; or several, each with its factor f: W + Σ f·ΔW.
         dtype: of every float tensor in the output; empty: as it is.

@@ -16,7 +16,7 @@ from torchgraft.checkpoint.reading import open_checkpoint
 from torchgraft.errors import MergeError
 from torchgraft.kinds.kind import Kind
 from torchgraft.on_files.merge_run import MergeRun, jobs
-from torchgraft.rewriting.file_tensors import FileTensor, lies_by_rows, read_exactly
+from torchgraft.rewriting.file_tensors import FileTensor, has_contiguous_rows, read_exactly
 from torchgraft.rewriting.workers import Workers, opened
 
 PLACES, ROWS, ENTRIES = 8, 8, 1024
@@ -86,7 +86,7 @@ class _Rows:
     def __init__(self, file: FileTensor, kind: Kind | None) -> None:
         self._file = file
         self._columns = 1 if kind is None else kind.canonical_shape(file.shape)[1]
-        self._mapped = None if kind is None or lies_by_rows(kind, file.shape) else kind.to_canonical(file.mapped(written=False))
+        self._mapped = None if kind is None or has_contiguous_rows(kind, file.shape) else kind.to_canonical(file.mapped(written=False))
 
     def __len__(self) -> int:
         return self._file.nbytes // self._file.dtype.itemsize // max(1, self._columns)

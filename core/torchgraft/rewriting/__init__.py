@@ -1,1 +1,1 @@
-"""Copying and rewriting tensors in files, on all cores. It knows no adapter."""
+"""Copy and rewrite tensors in files, on all cores. Nothing here depends on adapters."""

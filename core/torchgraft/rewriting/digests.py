@@ -1,4 +1,4 @@
-"""SHA-256 of a checkpoint's tensors, taken in the background while something else keeps the main thread busy."""
+"""Compute the SHA-256 of a checkpoint's tensors in the background, while the main thread does something else."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torchgraft.checkpoint.reading import Checkpoint, became_shorter
 from torchgraft.errors import FileFormatError
 
 CHUNK = 1 << 24
-"""Bytes that are read at a time."""
+"""Size of a read, in bytes."""
 
 SWITCH = 1e-4
-"""Seconds after which a thread lets another have a turn. Python's own 5 ms are long beside a block of rows."""
+"""Interpreter's thread switch interval, in seconds. Python's default of 5 ms is long compared with the work on a block of rows."""
 
 
 def digest_range(
     descriptor: int, begin: int, end: int, where: str, stopped: Callable[[], bool] = lambda: False, buffer: bytearray | None = None
 ) -> str:
-    """Of the bytes from `begin` to `end` of an open file; empty if it was stopped.
+    """Return the SHA-256 of the bytes from `begin` to `end` of an open file; empty if it was stopped.
 
     Args:
-        buffer: to read into.
+        where: the tensor's name, for the message.
+        buffer: memory to read into; allocated if not given.
 
     Raises:
         FileFormatError: the file is shorter.
@@ -44,7 +45,7 @@ def digest_range(
 
 @contextmanager
 def quick_turns() -> Iterator[None]:
-    """A block in which threads wait for each other no longer than need be."""
+    """Lower the interpreter's thread switch interval to `SWITCH` while the block runs. It affects the whole process."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH)
     try:
@@ -55,9 +56,9 @@ def quick_turns() -> Iterator[None]:
 
 @contextmanager
 def digesting(checkpoint: Checkpoint) -> Iterator[dict[str, str]]:
-    """Fills the dictionary, tensor → digest, in the order of the files, until the block ends.
+    """Fill the yielded dictionary, tensor → SHA-256, in the order of the files, until the block ends.
 
-    What cannot be read is left out: whoever reads it next will say why.
+    Tensors that cannot be read are skipped: the code that reads them next reports the error.
     """
     found: dict[str, str] = {}
     stop = Event()

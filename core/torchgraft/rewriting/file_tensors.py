@@ -1,4 +1,4 @@
-"""Weights in files as blocks of rows, to be read from one file and written to another."""
+"""Weights in files as blocks of rows, read from one file and written to another."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torchgraft.kinds.blocks import Blocks, MemoryBlocks, row_blocks
 from torchgraft.kinds.kind import Kind, Shape
 
 NO_KERNEL_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-"""How the kernel says that it cannot copy between these two files itself."""
+"""Error codes with which the kernel refuses to copy between these two files itself."""
 
 COPIED = 1 << 26
-"""Bytes that are copied at a time: then progress is told, and a stop is heeded."""
+"""Size of a copied chunk, in bytes. Progress is reported and cancellation checked between chunks."""
 
 
 class FileBlocks:
-    """Blocks of a weight whose canonical rows lie one after the other in the file."""
+    """Blocks of a weight whose canonical rows are contiguous in the file."""
 
     def __init__(self, source: FileTensor, target: FileTensor, columns: int, *, by_rows: bool = True) -> None:
         self._source, self._target, self._columns = source, target, columns
@@ -47,7 +47,7 @@ class FileBlocks:
 
 
 class FileTensor:
-    """A tensor's place in an open file."""
+    """A tensor's position, shape and dtype in an open file."""
 
     def __init__(self, descriptor: int, begin: int, shape: Shape, dtype: str, where: str) -> None:
         self.descriptor, self.begin, self.shape, self.where = descriptor, begin, shape, where
@@ -58,7 +58,7 @@ class FileTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def mapped(self, *, written: bool) -> Tensor:
-        """The tensor in memory that the file lies in: its pages come when they are touched, and go when memory is short."""
+        """Map the tensor into memory. Its pages are loaded on access and may be evicted when memory is short."""
         if not self.nbytes:
             return torch.empty(self.shape, dtype=self.dtype)
         if written:
@@ -69,7 +69,7 @@ class FileTensor:
         access = mmap.ACCESS_WRITE if written else mmap.ACCESS_COPY
         memory = mmap.mmap(self.descriptor, self.begin + self.nbytes - start, access=access, offset=start)
         flat = torch.frombuffer(memory, dtype=torch.uint8, offset=self.begin - start, count=self.nbytes)
-        # Files may hold a tensor at any byte; torch wants it aligned.
+        # A tensor may begin at any byte of a file, but torch needs it aligned to its dtype.
         return (flat if self.is_aligned else flat.clone()).view(self.dtype).reshape(self.shape)
 
     @property
@@ -78,7 +78,7 @@ class FileTensor:
 
 
 def _reserve(descriptor: int, begin: int, nbytes: int) -> None:
-    """Take the room on the disk: written by way of memory, a full one would be a crash and no error."""
+    """Allocate the space on the disk first, because a full disk would crash a write to mapped memory instead of raising an error."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, begin, nbytes)
         return
@@ -87,7 +87,7 @@ def _reserve(descriptor: int, begin: int, nbytes: int) -> None:
 
 
 class MappedBlocks(MemoryBlocks):
-    """Blocks of a weight whose canonical rows do not lie one after the other in the file, or that is needed whole."""
+    """Blocks of a weight whose canonical rows are not contiguous in the file, or that is processed as a whole."""
 
     def __init__(self, kind: Kind, source: FileTensor, target: FileTensor, *, by_rows: bool) -> None:
         self._file = target
@@ -100,23 +100,24 @@ class MappedBlocks(MemoryBlocks):
 
 
 def blocks_of(source: FileTensor, target: FileTensor, kind: Kind | None, *, by_rows: bool = True) -> Blocks:
-    """Blocks of the tensor, whatever its kind; of one that is no layer's weight, of its flat entries."""
+    """Return the blocks of a tensor. Without a kind (no layer's weight) they are blocks of its flat entries."""
     if kind is None:
         return FileBlocks(source, target, 1, by_rows=by_rows)
-    if by_rows and lies_by_rows(kind, source.shape):
+    if by_rows and has_contiguous_rows(kind, source.shape):
         return FileBlocks(source, target, kind.canonical_shape(source.shape)[1])
     return MappedBlocks(kind, source, target, by_rows=by_rows)
 
 
-def lies_by_rows(kind: Kind, shape: Shape) -> bool:
-    """Whether the canonical rows of such a weight are its entries as they lie."""
+def has_contiguous_rows(kind: Kind, shape: Shape) -> bool:
+    """Whether the canonical matrix of such a weight has its entries in the order in which they are stored."""
     stored = torch.empty(shape, device="meta")
     canonical = kind.to_canonical(stored)
     return canonical.is_contiguous() and (canonical is stored or canonical._base is stored)
 
 
 def read_exactly(source: FileTensor, into: memoryview, offset: int) -> None:
-    """
+    """Fill `into` with the tensor's bytes from `offset`.
+
     Raises:
         FileFormatError: the file is shorter.
     """
@@ -128,13 +129,14 @@ def read_exactly(source: FileTensor, into: memoryview, offset: int) -> None:
 
 
 def write_exactly(target: FileTensor, data: memoryview, offset: int) -> None:
+    """Write all of `data` at the tensor's byte `offset`."""
     while data:
         written = os.pwrite(target.descriptor, data, target.begin + offset)
         data, offset = data[written:], offset + written
 
 
 def copy_bytes(source: FileTensor, target: FileTensor) -> Iterator[int]:
-    """Copy the tensor in the kernel, a piece at a time; yields how many bytes each has.
+    """Copy the tensor in chunks, in the kernel if it can; yield the number of bytes of each chunk.
 
     Raises:
         FileFormatError: the source is shorter.
@@ -149,7 +151,7 @@ def copy_bytes(source: FileTensor, target: FileTensor) -> Iterator[int]:
                 raise
             copy = _plain_copy
             continue
-        if not copied and copy is _kernel_copy:  # as some file systems say that they cannot
+        if not copied and copy is _kernel_copy:  # some file systems return 0 when they cannot copy
             copy = _plain_copy
             continue
         if not copied:

@@ -1,4 +1,4 @@
-"""Writing weight files tensor by tensor, on all cores at once: what changes goes through memory, a few rows at a time."""
+"""Write weight files tensor by tensor, on all cores. Changed tensors pass through memory a few rows at a time."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MOST_WORKERS = 8
-"""Each takes memory for its rows, and past this the disk is what is waited for."""
+"""Maximum number of threads. Each needs memory for its rows, and with more of them the disk is the bottleneck."""
 
 
 class StoppedError(Exception):
-    """Another worker failed, or the user interrupted: this one gives up."""
+    """Raised in a worker to stop it after another worker failed or the user interrupted."""
 
 
 class Workers:
-    """Threads that work on a list of items; the results come in the order of the items.
+    """Threads that process a list of items; results are returned in the order of the items.
 
-    torch computes with one thread in each of them: their blocks are too small to be divided further.
+    While they run, torch computes with one thread in the whole process, because their blocks are too small to be divided further.
     """
 
     def __init__(self, total: int = 0, progress: Progress = silent) -> None:
@@ -46,10 +46,10 @@ class Workers:
         return self._stop.is_set()
 
     def advance(self, nbytes: int) -> None:
-        """Tell the progress, from any thread.
+        """Report progress, from any thread.
 
         Raises:
-            StoppedError: there is no point in going on.
+            StoppedError: another worker failed.
         """
         if self._stop.is_set():
             raise StoppedError
@@ -57,7 +57,7 @@ class Workers:
             self._progress(nbytes, self._total)
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
-        """`work` on each item. The first error stops all, and is raised."""
+        """Call `work` on each item and yield the results. The first error stops all workers and is raised."""
 
         def stopping(item: Item) -> Result:
             try:
@@ -71,7 +71,7 @@ class Workers:
             try:
                 for item in items:
                     waiting.append(pool.submit(stopping, item))
-                    if len(waiting) > 2 * self.count:  # results that nobody has taken yet are kept in memory
+                    if len(waiting) > 2 * self.count:  # bound the memory of results that are not consumed yet
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
@@ -84,7 +84,7 @@ class Workers:
 
 
 def _errors(futures: Iterable[Future[Result]]) -> Iterator[BaseException]:
-    """What went wrong first, for StoppedError only follows from it."""
+    """Yield the original errors, without the StoppedErrors that follow from them."""
     found = (future.exception() for future in futures if not future.cancelled())
     return (error for error in found if error is not None and not isinstance(error, StoppedError))
 
@@ -102,15 +102,16 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def _keep_freed_memory() -> None:
-    """glibc gives memory back to the system when a block of rows is done, and fetching it anew costs more than the arithmetic.
+    """Make glibc reuse freed blocks of rows from the heap.
 
-    It keeps as much as the largest piece that was ever freed: one of the largest size that it goes by.
+    Freeing one block just under 32 MiB raises glibc's dynamic mmap threshold to its maximum. Later blocks are then reused instead of
+    being unmapped and faulted in again, which costs more than the arithmetic.
     """
     torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8)
 
 
 def start_files(layout: Layout, directory: Path) -> None:
-    """Every output file with its header, and room for the tensors."""
+    """Create every output file at its full size, with its header."""
     for file in layout.files:
         path = directory / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ def start_files(layout: Layout, directory: Path) -> None:
 
 @contextmanager
 def opened(checkpoint: Checkpoint, directory: Path, file: OutputFile, placed: Placed) -> Iterator[tuple[FileTensor, FileTensor]]:
-    """Where a tensor is read, and where it is written."""
+    """Open a tensor's source and target files; yield its place in both."""
     entry = checkpoint.tensors[placed.source]
     path = checkpoint.file_of[placed.source]
     with path.open("rb", buffering=0) as source, (directory / file.name).open("r+b", buffering=0) as target:

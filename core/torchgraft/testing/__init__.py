@@ -1,10 +1,10 @@
-"""The conformance kit: checks that prove a plugin's method right, on every kind of layer that it claims.
+"""The conformance kit: checks that test a plugin's method on every kind of layer that it claims.
 
     def test_it() -> None:
         tg.testing.check_plugin("ia3")
 
-Checks follow what a method declares (`tg.Method`, and which optional hooks it has); what is not claimed is skipped, with
-the reason. On the command line it is `adapt plugins check NAME`.
+The checks follow from what a method declares (`tg.Method`, and which optional hooks it has). Checks of what it does not claim are
+skipped, with the reason. The command `adapt plugins check NAME` runs the same checks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checks of the merge hooks by themselves, in float64: rows, the inverse, and what else is claimed of them."""
+"""Checks of the merge hooks alone, in float64: rows, the inverse, and the properties that a method claims for them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torchgraft.testing.compare import claimed, close, require
 
 EPS = torch.finfo(torch.float64).eps
 NEAR = 1e-10
-"""For an inverse, which may divide by small numbers."""
+"""Relative tolerance for an inverse, which may divide by small values."""
 
 
 @check()
 def rows(case: Case) -> None:
-    """Merge and unmerge by blocks of rows are those of the whole weight. A merge that takes `rows` claims it."""
+    """Merging and unmerging by blocks of rows gives the same result as for the whole weight. A merge that takes `rows` claims this."""
     claimed(case.hooks.merges_rows, "adapter_merge, adapter_unmerge and adapter_undo do not all take `rows`")
     hooks = MergeHooks(case.adapted()[1])
     blocks = _blocks(len(hooks.weight))
     merged, needed = hooks.merge(hooks.weight, slice(None)), hooks.undo(hooks.weight, slice(None))
-    hint = "`weight` holds only the rows `rows`, and params come whole: index them with rows, as in b[rows]"
+    hint = "`weight` holds only the rows `rows`, but params hold all rows: index them with rows, as in b[rows]"
     _same_by_rows(merged, lambda rows: hooks.merge(hooks.weight[rows], rows), blocks, "adapter_merge", hint)
     _same_by_rows(hooks.merge(hooks.weight, slice(0, len(merged))), lambda rows: merged[rows], blocks, "adapter_merge", hint)
     for name, tensor in needed.items():
@@ -43,27 +43,27 @@ def _same_by_rows(whole: Tensor, part: Callable[[slice], Tensor], blocks: list[s
 
 
 def _blocks(rows: int) -> list[slice]:
-    """Three blocks of different sizes."""
+    """Return three blocks of different sizes."""
     ends = [0, 1, 1 + rows // 3, rows]
     return [slice(first, end) for first, end in pairwise(ends)]
 
 
 @check()
 def pure(case: Case) -> None:
-    """The merge hooks return tensors of the same shape and dtype, and leave their arguments alone."""
+    """The merge hooks return tensors of the same shape and dtype and do not change their arguments."""
     hooks = MergeHooks(case.adapted()[1])
     weight, params = hooks.weight.clone(), {name: tensor.clone() for name, tensor in hooks.params.items()}
     merged = hooks.merge(weight, slice(None))
     results = {"adapter_merge": merged}
     if not case.hooks.method.additive:
-        kept = merged.clone()
+        before = merged.clone()
         results["adapter_unmerge"] = hooks.unmerge(merged, slice(None), hooks.undo(weight, slice(None)))
-        require(merged.equal(kept), "adapter_unmerge changed `weight` in place; return a new tensor")
+        require(merged.equal(before), "adapter_unmerge changed `weight` in place; return a new tensor")
     require(weight.equal(hooks.weight), "adapter_merge changed `weight` in place; return a new tensor")
     if case.hooks.merges_bias and case.site(case.base()).has_bias:
         bias = torch.randn(len(weight), dtype=weight.dtype)
-        kept, results["adapter_merge_bias"] = bias.clone(), hooks.merge_bias(bias)[:, None].expand_as(weight)
-        require(bias.equal(kept), "adapter_merge_bias changed `bias` in place; return a new tensor")
+        before, results["adapter_merge_bias"] = bias.clone(), hooks.merge_bias(bias)[:, None].expand_as(weight)
+        require(bias.equal(before), "adapter_merge_bias changed `bias` in place; return a new tensor")
     for name, tensor in params.items():
         require(hooks.params[name].equal(tensor), f"adapter_merge or adapter_unmerge changed {name} in place; make a new tensor")
     for hook, result in results.items():
@@ -76,7 +76,7 @@ def pure(case: Case) -> None:
 
 @check()
 def additive(case: Case) -> None:
-    """What a merge adds does not depend on the weight. `Method.additive` claims it."""
+    """The change that a merge adds does not depend on the weight. `Method.additive` claims this."""
     claimed(case.hooks.method.additive, "additive")
     hooks = MergeHooks(case.adapted()[1])
     change = hooks.merge(torch.zeros_like(hooks.weight), slice(None))
@@ -90,7 +90,7 @@ def additive(case: Case) -> None:
 
 @check()
 def to_lora(case: Case) -> None:
-    """The factors that adapter_to_lora gives are the same change: ΔW = s·B·A."""
+    """The factors that adapter_to_lora returns give the same change as a merge: ΔW = s·B·A."""
     claimed(case.hooks.has("adapter_to_lora"), "adapter_to_lora")
     _, adapter = case.adapted()
     hooks, part = MergeHooks(adapter), part_of(adapter)
@@ -107,19 +107,19 @@ def to_lora(case: Case) -> None:
 
 
 def check_inverse(adapter: Adapter) -> None:
-    """adapter_unmerge takes back what adapter_merge did, nearly. Of an additive method it is not called.
+    """Check that adapter_unmerge approximately inverts adapter_merge. An additive method's adapter_unmerge is never called.
 
     Raises:
         FailedError: it does not.
     """
     hooks = MergeHooks(adapter)
     merged, needed = hooks.merge(hooks.weight, slice(None)), hooks.undo(hooks.weight, slice(None))
-    hint = "what adapter_unmerge needs and the merged weight does not tell can be kept by the hook adapter_undo"
-    close(hooks.unmerge(merged, slice(None), needed), hooks.weight, NEAR, "the weight that adapter_unmerge gives back", hint)
+    hint = "if adapter_unmerge needs more than the merged weight and params, return it from the hook adapter_undo"
+    close(hooks.unmerge(merged, slice(None), needed), hooks.weight, NEAR, "the weight that adapter_unmerge returns", hint)
 
 
 class MergeHooks:
-    """The hooks of one adapter's merge, with its parameters and the canonical weight in float64."""
+    """The merge hooks of one adapter, with its parameters and the canonical weight in float64."""
 
     def __init__(self, adapter: Adapter) -> None:
         part = part_of(adapter)

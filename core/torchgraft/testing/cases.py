@@ -1,4 +1,4 @@
-"""What checks are run on: small layers of every kind that the method claims, in several dtypes."""
+"""The cases that checks run on: small layers of every kind that the method claims, in several dtypes."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Model(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, in one dtype, for one method. `str` names it."""
+    """One layer in one dtype, for one method. `str` describes it."""
 
     name: str
-    """Of the method."""
+    """Name of the method."""
     options: Mapping[str, Any]
     kind: Kind
     example: nn.Module
@@ -61,16 +61,16 @@ class Case:
 
     @property
     def x(self) -> Tensor:
-        """A new input, of the case's dtype unless it is indices."""
+        """A new input, in the case's dtype unless it is indices."""
         return self.input.to(self.dtype, copy=True) if self.input.is_floating_point() else self.input.clone()
 
     def untouched(self) -> Model:
-        """A model of the layer as it is before the method comes, in eval."""
+        """Return a model of the original layer, in eval mode."""
         layer = deepcopy(self.example)
         return Model(layer if self.kind.quantized else layer.to(self.dtype)).eval()
 
     def base(self) -> Model:
-        """The same, but with the layer that the method itself puts there (`adapter_prepare`): what an adapter is compared with."""
+        """Return the model to compare an adapter with: `untouched`, with the layer that the method's `adapter_prepare` returns, if any."""
         model = self.untouched()
         if self.hooks.has("adapter_prepare"):
             self.attach(model).detach()
@@ -79,7 +79,8 @@ class Case:
         return model
 
     def config(self, site: Site, **options: Any) -> Config:
-        """
+        """Return the method's config with the case's options.
+
         Raises:
             SkippedError: the method refuses these options, or this site.
         """
@@ -91,17 +92,17 @@ class Case:
         return config
 
     def site(self, model: nn.Module, name: str = LAYER) -> Site:
-        """Of the layer, without an adapter."""
+        """Return the site of a layer without an adapter."""
         (layer,) = plan(model, [name]).sites
         return site_of(layer, model.get_submodule(name))
 
     def attach(
         self, model: nn.Module, name: str = "default", seed: int = 0, *, targets: Sequence[str] = (LAYER,), **options: Any
     ) -> Adapter:
-        """A new adapter on the model's layers.
+        """Attach a new adapter to the model's layers.
 
         Raises:
-            SkippedError: the method refuses these options or this site, or has nothing to put in the layer's place.
+            SkippedError: the method refuses these options or this site, or cannot prepare the layer.
         """
         try:
             site = self.site(model, targets[0])
@@ -114,7 +115,7 @@ class Case:
             raise SkippedError(f"refused by the method: {error}") from None
 
     def adapted(self, *, perturb: bool = True, **options: Any) -> tuple[Model, Adapter]:
-        """A model with an adapter, whose parameters are away from their start unless `perturb` is False."""
+        """Return a model with an adapter; its parameters are perturbed away from their initial values unless `perturb` is False."""
         model = self.base()
         adapter = self.attach(model, **options)
         if perturb:
@@ -123,7 +124,7 @@ class Case:
 
     @cached_property
     def eps(self) -> float:
-        """Of the coarsest arithmetic on the way: of the layer (a quantised one computes in a dtype of its own) or of the adapter."""
+        """The largest machine epsilon among the layer's dtype, its compute dtype if it is quantized, and the adapter's dtype."""
         options = parse_config(self.name, self.hooks.method.config, self.options)
         found = [torch.finfo(self.dtype).eps, torch.finfo(getattr(torch, getattr(options, "dtype", "float32"))).eps]
         quantization = self.site(self.base()).quantization
@@ -143,11 +144,12 @@ class Subject:
 
     @cached_property
     def examples(self) -> list[tuple[Kind, list[tuple[nn.Module, Tensor]]]]:
+        """Each claimed kind with its example layers and inputs, without kinds that have none."""
         return [(kind, found) for kind, found, _ in self._tried if found]
 
     @cached_property
     def missing(self) -> dict[str, str]:
-        """Kind → why nothing is tried on it."""
+        """Kind → why no check runs on it."""
         claimed = registry().method(self.name).kinds or frozenset()
         known = {kind.name for kind in registry().kinds()}
         unknown = {name: f"there is no such kind{near(name, known)}" for name in sorted(claimed - known)}
@@ -162,26 +164,26 @@ class Subject:
 
 
 def _examples(kind: Kind) -> tuple[list[tuple[nn.Module, Tensor]], str]:
-    """The kind's example layers, or none and the reason."""
+    """Return the kind's example layers, or none and the reason."""
     try:
         found = kind.examples()
     except ImportError as error:
         return [], f"its class is not installed ({error})"
-    except Exception as error:  # noqa: BLE001  (another plugin's kind; what is checked here is not that)
+    except Exception as error:  # noqa: BLE001  (the kind may belong to another plugin, which is not under test)
         return [], f"its examples() failed: {type(error).__name__}: {error}"
-    # A subclass of a built-in kind has that one's examples until it gives its own.
+    # A subclass of a built-in kind inherits examples of the built-in kind until it defines its own.
     own = [(module, x) for module, x in found if kind_of(module, registry().kinds())[0] is kind]
     return own, "" if own else "it gives no example layers"
 
 
 def part_of(adapter: Adapter) -> SitePart:
-    """What the adapter put on the layer."""
+    """Return the adapter's part on the layer."""
     return adapter.parts[LAYER]
 
 
 @torch.no_grad()
 def perturb_(adapter: Adapter, seed: int = 1) -> None:
-    """Move every trained parameter away from where it started, by noise of 0.3 times its size; of 0.3 where that is zero or tiny."""
+    """Add noise to every trained parameter: 0.3 times its root mean square, or 0.3 if that is below 0.01."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         size = math.sqrt(float(parameter.double().square().mean())) if parameter.numel() else 0.0
@@ -190,7 +192,7 @@ def perturb_(adapter: Adapter, seed: int = 1) -> None:
 
 
 def weighted(output: Tensor, seed: int = 2) -> Tensor:
-    """A loss that every entry of the output counts in, each with a weight of its own."""
+    """Return a loss in which every entry of the output has a different random weight."""
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (output * weights.to(output.dtype)).sum()
 
@@ -201,12 +203,12 @@ def backward(output: Tensor) -> None:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """A block with fixed random numbers that leaves torch as it was."""
+    """Run the block with fixed random seeds and torch's default settings, then restore them."""
     import warnings
 
     default = torch.get_default_dtype()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        warnings.simplefilter("ignore", TorchgraftWarning)  # of ranks above what these small layers have, for one
+        warnings.simplefilter("ignore", TorchgraftWarning)  # for example that a rank is above what these small layers can use
         torch.default_generator.manual_seed(0)
         torch.set_default_dtype(torch.float32)
         try:

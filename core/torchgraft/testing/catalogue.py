@@ -1,4 +1,4 @@
-"""All checks, by name, in the order in which they run: what others rest on comes first."""
+"""All checks by name, in the order in which they run: basic checks come before those that depend on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check is, and the decorator that makes one of a function."""
+"""The class `Check`, and the decorator that turns a function into one."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Check:
-    """`function` is called with each layer in each of `dtypes`; it raises FailedError or SkippedError."""
+    """One check. `function` is called with each layer in each of `dtypes`; it raises FailedError or SkippedError."""
 
     name: str
     function: Callable[[Case], None]
     dtypes: tuple[torch.dtype, ...]
     layers: Layers
     bias: bool | None
-    """Only layers with one, or only those without."""
+    """True: only layers with a bias. False: only layers without. None: all layers."""
     first: bool
-    """Whether the first layer of each kind is enough."""
+    """Whether to run on the first example layer of each kind only."""
     core: bool
-    """Whether nothing is proven without it."""
+    """Whether a report is only ok if a check with this flag passed."""
 
     def cases(self, subject: Subject) -> Iterator[Case]:
-        """Every layer that it is for. A quantised one has the dtype that it has."""
+        """Yield every layer that the check applies to, in every dtype. A quantized layer has only one dtype."""
         for kind, examples in subject.examples:
             if self.layers == "all" or kind.quantized == (self.layers == "quantized"):
                 for module, x in examples[:1] if self.first else examples:
@@ -38,7 +38,7 @@ class Check:
 
     @property
     def subjects(self) -> str:
-        """What layers it is for, in words."""
+        """Description of the layers that the check applies to: "a dense layer with a bias"."""
         return " ".join(["a", *([] if self.layers == "all" else [self.layers]), "layer", *self._with_bias()])
 
     def _with_bias(self) -> list[str]:
@@ -48,13 +48,13 @@ class Check:
 def check(
     *dtypes: torch.dtype, layers: Layers = "all", bias: bool | None = None, first: bool = False, core: bool = False
 ) -> Callable[[Callable[[Case], None]], Check]:
-    """Make a check of a function. Its name is the function's, without a last "_"; its docstring says what it proves.
+    """Turn a function into a check. The check's name is the function's without a trailing "_"; the docstring describes what is checked.
 
     Args:
-        dtypes: of the layers; float32 if none is given.
-        layers: all, or only those whose weight is dense or quantised.
-        bias: only those with one, or only those without.
-        first: one layer of each kind.
-        core: without a check of this sort that passes, a report is not ok.
+        dtypes: dtypes of the layers; float32 if none is given.
+        layers: all layers, or only those whose weight is dense or quantized.
+        bias: only layers with a bias (True), or only those without (False).
+        first: only the first example layer of each kind.
+        core: a report is only ok if at least one core check passed.
     """
     return lambda function: Check(function.__name__.rstrip("_"), function, dtypes or (torch.float32,), layers, bias, first, core)

@@ -1,4 +1,4 @@
-"""How checks judge, and how they say what is wrong."""
+"""Comparisons that checks use, with their tolerances and messages."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ import torch
 from torch import Tensor, nn
 
 ROUNDINGS = 8
-"""Of results in 16 bits: a weight, a product and a sum are rounded, on both sides."""
+"""Tolerance of 16-bit results, in eps: a weight, a product and a sum are rounded on both sides."""
 SUMMANDS = 64
-"""Of finer results: they are sums, in another order on each side, of terms that can be much larger than the sum."""
+"""Tolerance of more precise results, in eps: both sides add, in different orders, terms that can be much larger than the sum."""
 
 
 class FailedError(AssertionError):
-    """The method does not do what the check asks for."""
+    """Raised when the method does not pass the check."""
 
 
 class SkippedError(Exception):
-    """There is nothing to check here."""
+    """Raised when the check does not apply to the method or the layer."""
 
 
 def require(condition: bool, message: str) -> None:
-    """
+    """Fail the check with `message` unless the condition holds.
+
     Raises:
         FailedError: the condition does not hold.
     """
@@ -31,7 +32,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def claimed(condition: bool, what: str) -> None:
-    """
+    """Skip the check unless the method claims `what`.
+
     Raises:
         SkippedError: the method does not claim `what`.
     """
@@ -40,14 +42,15 @@ def claimed(condition: bool, what: str) -> None:
 
 
 def close(found: Tensor, expected: Tensor, eps: float, what: str, hint: str) -> None:
-    """
+    """Check that two tensors are equal up to rounding.
+
     Args:
-        eps: of the coarsest arithmetic on the way.
-        what: was compared: "the merged layer's output".
-        hint: where to look.
+        eps: the largest machine epsilon of the arithmetic involved.
+        what: the compared quantity: "the merged layer's output".
+        hint: where to look for the error.
 
     Raises:
-        FailedError: the shapes differ, or the values differ by more than so many eps of the largest expected magnitude.
+        FailedError: the shapes differ, or a difference exceeds ROUNDINGS or SUMMANDS times eps times the largest expected magnitude.
     """
     require(found.shape == expected.shape, f"{what} has the shape {tuple(found.shape)}, where {tuple(expected.shape)} is expected; {hint}")
     if not found.numel():
@@ -65,7 +68,8 @@ def close(found: Tensor, expected: Tensor, eps: float, what: str, hint: str) -> 
 
 
 def same_bits(found: Tensor, expected: Tensor, what: str, hint: str) -> None:
-    """
+    """Check that two tensors have the same dtype, shape and bits.
+
     Raises:
         FailedError: dtype, shape or any bit differs.
     """
@@ -81,7 +85,8 @@ def same_bits(found: Tensor, expected: Tensor, what: str, hint: str) -> None:
 
 
 def finite(tensor: Tensor | None, what: str, hint: str) -> None:
-    """
+    """Check that there is a tensor without NaN or infinite entries.
+
     Raises:
         FailedError: there is no tensor, or an entry is NaN or infinite.
     """
@@ -89,15 +94,16 @@ def finite(tensor: Tensor | None, what: str, hint: str) -> None:
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers, and of what belongs to them in the state_dict: scales of quantised weights."""
+    """Return copies of all parameters, buffers and further tensors in the state_dict, such as the scales of quantized weights."""
     state = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     return {name: tensor.detach().clone() for name, tensor in {**state, **dict(module.named_buffers())}.items()}
 
 
 def unchanged(module: nn.Module, before: Mapping[str, Tensor], when: str, hint: str) -> None:
-    """
+    """Check that every tensor that `snapshot` copied still has the same bits.
+
     Raises:
-        FailedError: of what `snapshot` took, something is gone or has other bits.
+        FailedError: a tensor is missing or has other bits.
     """
     now = snapshot(module)
     for name, tensor in before.items():

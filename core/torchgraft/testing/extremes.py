@@ -1,4 +1,4 @@
-"""Checks of what is rare and breaks: no values, zero rows, the smallest and the largest rank."""
+"""Checks of edge cases: no values, zero rows, the smallest and the largest rank."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchgraft.testing.compare import claimed, close, finite, require, same_bit
 
 @check(layers="dense")
 def meta(case: Case) -> None:
-    """The method attaches to a model on the meta device, with parameters of the same shapes and without values."""
+    """The method attaches to a model on the meta device; the parameters have the same shapes as elsewhere, and no values."""
     real = {name: tensor.shape for name, tensor in case.adapted(perturb=False)[1].named_parameters()}
     expected = case.base()(case.x).shape
     model = case.untouched().to("meta")
@@ -30,7 +30,7 @@ def meta(case: Case) -> None:
 
 @check(layers="dense")
 def zero_rows(case: Case) -> None:
-    """Where rows of the weight are zero, or all of it, nothing becomes NaN: forward, backward, merge. Real models have such rows."""
+    """If rows of the weight, or all of it, are zero, forward, backward and merge give no NaN. Real models have such rows."""
     hint = "look for a division by the norm of a row"
     for rows in ([0, -1], slice(None)):
         zeroed = _with_zeros(case, rows)
@@ -54,7 +54,7 @@ def zero_rows(case: Case) -> None:
 
 @torch.no_grad()
 def _with_zeros(case: Case, rows: list[int] | slice) -> Case:
-    """The case with these canonical rows of the weight set to zero."""
+    """Return the case with these canonical rows of the weight set to zero."""
     layer = case.untouched().layer
     weight = case.kind.weight_of(layer)
     matrix = case.kind.to_canonical(weight).clone()
@@ -65,13 +65,13 @@ def _with_zeros(case: Case, rows: list[int] | slice) -> Case:
 
 @check()
 def rank_one(case: Case) -> None:
-    """Rank 1 works, where the method has a `rank`."""
+    """Rank 1 works, if the method has an option `rank`."""
     _at_rank(case, 1)
 
 
 @check()
 def full_rank(case: Case) -> None:
-    """So does the largest rank that a layer can use, min(out_features, in_features)."""
+    """The largest rank that a layer can use, min(out_features, in_features), works, if the method has an option `rank`."""
     site = case.site(case.base())
     _at_rank(case, min(site.out_features, site.in_features))
 

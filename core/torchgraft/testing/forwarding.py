@@ -17,7 +17,7 @@ FORWARD = "look at adapter_forward"
 
 @check(*FLOATS, core=True)
 def dtype(case: Case) -> None:
-    """The output has the dtype and the shape of base(x), under autocast, too; parameters are float32, or what an option `dtype` says."""
+    """The output has the dtype and shape of base(x), also under autocast. Parameters are float32, or have the option `dtype`."""
     model, adapter = case.adapted()
     base = case.base()
     for autocast in (False, True):
@@ -30,14 +30,14 @@ def dtype(case: Case) -> None:
     for name, parameter in adapter.named_parameters():
         require(
             parameter.dtype in allowed,
-            f"{name} is {parameter.dtype}: small steps are lost in it, so parameters are float32 unless an option `dtype` says otherwise; "
-            "look at adapter_init",
+            f"{name} is {parameter.dtype}, in which small steps are lost: parameters must be float32, or have the dtype of an option "
+            "`dtype`; look at adapter_init",
         )
 
 
 @check(*FLOATS)
 def input_untouched(case: Case) -> None:
-    """Neither x nor base(x) is changed in place: they belong to others."""
+    """Neither x nor base(x) is changed in place, because other code may hold these tensors."""
     model, adapter = case.adapted()
     part, seen = part_of(adapter), list[tuple[Tensor, Tensor]]()
 
@@ -58,10 +58,10 @@ def input_untouched(case: Case) -> None:
 
 @check(core=True)
 def batch(case: Case) -> None:
-    """An entry's output does not depend on what else is in the batch, as a merged layer's could not; an empty batch works."""
+    """An entry's output does not depend on the rest of the batch, because a merged layer's does not. An empty batch works."""
     model, _ = case.adapted()
     whole = model(case.x)
-    hint = f"{FORWARD}: it mixes the entries of a batch, or takes the input to have a certain number of dimensions"
+    hint = f"{FORWARD}: it mixes the entries of a batch, or assumes a certain number of dimensions of the input"
     close(model(case.x[:1]), whole[:1], case.eps, "the output of the first entry alone", hint)
     if not case.kind.quantized:
         close(model(case.x[0]), whole[0], case.eps, "the output of the first entry without a batch", hint)
@@ -70,7 +70,7 @@ def batch(case: Case) -> None:
 
 @check()
 def modes(case: Case) -> None:
-    """In eval the output is the same each time, and the same under no_grad and inference_mode; it follows the frozen weight."""
+    """In eval the output is the same each time, also under no_grad and inference_mode, and it follows changes of the frozen weight."""
     model, adapter = case.adapted()
     expected = model(case.x).detach()
     same_bits(model(case.x).detach(), expected, "the output of a second forward in eval", f"{FORWARD}: something in it changes")
@@ -84,22 +84,22 @@ def modes(case: Case) -> None:
         with torch.no_grad():
             model(case.x)
             weight.mul_(1.5)
-            hint = "name all that it depends on, as site.weight_tensors(), in site.cached"
+            hint = "pass every tensor that a cached value depends on, such as site.weight_tensors(), to site.cached"
             close(model(case.x), deepcopy(model)(case.x), case.eps, "the output after the frozen weight was changed", hint)
 
 
 @check()
 def global_state(case: Case) -> None:
-    """Attaching, forward in eval, backward, merge and unmerge leave torch's generator, default dtype and grad mode alone."""
+    """Attaching, forward in eval, backward, merge and unmerge do not change torch's random generator, default dtype or grad mode."""
     torch.rand(3)
     before = _state()
     for stage in _life(case):
         for what, value in _state().items():
-            require(value == before[what], f"{stage} changed {what}, which is not the method's; look at the hooks that run then")
+            require(value == before[what], f"{stage} changed {what}, which a method must not do; look at the hooks that run then")
 
 
 def _life(case: Case) -> Iterator[str]:
-    """The stages of an adapter, each after it is done."""
+    """Run an adapter through its stages; yield the name of each after it is done."""
     model, adapter = case.adapted()
     yield "attaching"
     output = model(case.x)
@@ -124,10 +124,10 @@ def _state() -> dict[str, object]:
 
 @check(*FLOATS, core=True)
 def disable(case: Case) -> None:
-    """`adapter.disabled()` gives the base's output to the last bit, and then the state before."""
+    """Within `adapter.disabled()` the output equals the base's to the last bit; afterwards the previous state is restored."""
     model, adapter = case.adapted()
     adapted, base = model(case.x), case.base()(case.x)
-    hint = "look for what the method changes in the layer itself"
+    hint = "look for changes that the method makes to the layer itself"
     with adapter.disabled():
         same_bits(model(case.x), base, "the output while disabled", hint)
         with adapter.disabled():
@@ -138,7 +138,7 @@ def disable(case: Case) -> None:
 
 @check(layers="dense", first=True)
 def compile_(case: Case) -> None:
-    """torch.compile makes one graph of the layer, with the same output and gradients. `Method.compiles` claims it."""
+    """torch.compile compiles the layer into one graph with the same output and gradients. `Method.compiles` claims this."""
     claimed(case.hooks.method.compiles, "compiles")
     model, adapter = case.adapted()
     hint = f"{FORWARD}: no data-dependent Python, no print, no .item(); or set Method(compiles=False)"

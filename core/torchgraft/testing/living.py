@@ -1,4 +1,4 @@
-"""Checks of an adapter's life on a model: several of them, copies, names, what is saved."""
+"""Checks of adapters on a model: several adapters, copies, names, saving and loading."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from torchgraft.testing.checks import FLOATS, check
 from torchgraft.testing.compare import close, require, same_bits, snapshot, unchanged
 
 NAMES = ("lora", "weight.bias", "default.default", "adapters_.params.A", "lora_A.weight", "base_layer.0")
-"""Of layers, to confuse whatever goes by a name."""
+"""Names of layers that break methods which search for adapters by name."""
 
 
 @check()
 def two_adapters(case: Case) -> None:
-    """Two adapters of the method on one layer: each alone is itself, both are one after the other, and one can go without the other."""
+    """Two adapters on one layer compose in order, and either can be disabled or detached without affecting the other."""
     model = case.base()
     before = snapshot(model)
     pair = {name: case.attach(model, name, seed) for seed, name in enumerate(("one", "two"))}
     for seed, adapter in enumerate(pair.values(), 5):
         perturb_(adapter, seed)
-    hint = "look for what two adapters on one layer share: state that is kept outside params, or the weight beneath (site.weight())"
+    hint = (
+        "look for what two adapters on one layer share: state outside params, or the weight with the earlier adapter in it (site.weight())"
+    )
     together = model(case.x)
     for name, adapter in pair.items():
         activate(model, name)
@@ -48,7 +50,7 @@ def two_adapters(case: Case) -> None:
 
 @torch.no_grad()
 def _alone(case: Case, adapter: Adapter) -> Tensor:
-    """The output of a model that has the very parameters of this adapter, and no other."""
+    """Return the output of a model that has only this adapter's parameters."""
     model, other = case.adapted(perturb=False)
     for name, tensor in part_of(other).tensors().items():
         tensor.copy_(part_of(adapter).tensors()[name])
@@ -58,23 +60,21 @@ def _alone(case: Case, adapter: Adapter) -> Tensor:
 
 @check(*FLOATS, core=True)
 def save_load(case: Case) -> None:
-    """Saved and loaded onto another copy of the base, an adapter gives the same output to the last bit."""
+    """An adapter that is saved and loaded onto another copy of the base gives the same output to the last bit."""
     model, adapter = case.adapted()
     expected = model(case.x)
     with TemporaryDirectory() as folder:
         adapter.save(Path(folder) / "adapter")
-        case.adapted(seed=99)  # what the method keeps elsewhere under the site's name is this one's now
+        case.adapted(seed=99)  # overwrites state that the method stores elsewhere under the site's name
         again = case.base()
         load(again, Path(folder) / "adapter")
-    hint = (
-        "what forward needs and config and weight do not tell must be among the tensors of adapter_init (in Method.buffers if not trained)"
-    )
+    hint = "everything that forward needs besides config and weight must be a tensor of adapter_init (in Method.buffers if not trained)"
     same_bits(again(case.x), expected, "the output after saving and loading", hint)
 
 
 @check(layers="dense", first=True)
 def cast(case: Case) -> None:
-    """A model that is cast after attaching, all of it or a part, goes on; saved and loaded in that dtype, its output is the same."""
+    """A model works after it, or a part of it, is cast with the adapter on it. Saved and loaded in that dtype, its output is the same."""
     model, adapter = case.adapted()
     model.to(torch.bfloat16)
     x = case.x.to(torch.bfloat16) if case.input.is_floating_point() else case.x
@@ -83,7 +83,7 @@ def cast(case: Case) -> None:
         adapter.save(Path(folder) / "adapter")
         again = case.base().to(torch.bfloat16)
         load(again, Path(folder) / "adapter")
-    hint = "what forward needs must be among the tensors of adapter_init, or be made by adapter_shared, and not be kept elsewhere"
+    hint = "everything that forward needs must be a tensor of adapter_init or adapter_shared, and not be stored elsewhere"
     same_bits(again(x), expected, "the output after casting, saving and loading", hint)
     pair = Named({"one": case.base().layer, "two": case.base().layer}).eval()
     perturb_(case.attach(pair, targets=("one", "two")))
@@ -94,7 +94,7 @@ def cast(case: Case) -> None:
 
 @check()
 def state_dict(case: Case) -> None:
-    """The base's entries of the state_dict stay as they are; all of the adapter's tensors are new ones, and load strictly."""
+    """The base's entries in the state_dict are unchanged; the adapter adds one entry for each of its tensors, and load_state_dict works."""
     model = case.base()
     before = {key: value.clone() for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     adapter = case.attach(model)
@@ -109,13 +109,13 @@ def state_dict(case: Case) -> None:
     other, _ = case.adapted(perturb=False)
     if not case.kind.quantized and not case.hooks.has("adapter_prepare"):
         other.load_state_dict(now)
-        hint = "what forward needs must be among the tensors of adapter_init"
+        hint = "everything that forward needs must be a tensor of adapter_init"
         same_bits(other(case.x), model(case.x), "the output after load_state_dict", hint)
 
 
 @check()
 def copies(case: Case) -> None:
-    """deepcopy and pickle give a model of the same output, whose adapter is its own."""
+    """deepcopy and pickle give a model with the same output and an adapter that is independent of the original."""
     model, adapter = case.adapted()
     expected = model(case.x)
     for how, copy in (("deepcopy", deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
@@ -132,7 +132,7 @@ def copies(case: Case) -> None:
 
 
 class Named(nn.Module):
-    """Layers under dotted names. The output is the sum of theirs."""
+    """A model of layers under dotted names. Its output is the sum of the layers' outputs."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Named(nn.Module):
 
 @check(first=True)
 def names(case: Case) -> None:
-    """Layers may be called "lora", "weight" or "default": nothing goes by the name of a layer."""
+    """Layers may be called "lora", "weight" or "default": nothing depends on a layer's name."""
     base = Named({name: case.base().layer for name in NAMES}).eval()
     model = deepcopy(base)
     adapter = case.attach(model, targets=NAMES)
@@ -161,7 +161,7 @@ def names(case: Case) -> None:
     require(found == set(NAMES), f"there are adapters on {sorted(found)}, where the layers are {sorted(NAMES)}")
     perturb_(adapter)
     expected = model(case.x)
-    hint = "look for what the method reads from a name"
+    hint = "look for code in the method that depends on a name"
     with TemporaryDirectory() as folder:
         adapter.save(Path(folder) / "adapter")
         load(base, Path(folder) / "adapter")

@@ -1,4 +1,4 @@
-"""Checks of merging, through the model: what a merged layer gives, and that unmerging gives every bit back."""
+"""Checks of merging on a model: the output of a merged layer, and that unmerging restores every bit."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MERGE = "compare adapter_merge with adapter_forward"
 
 @check(*FLOATS, bias=False, core=True)
 def merge(case: Case) -> None:
-    """A merged layer without a bias gives the output that forward gave, with parameters away from their start."""
+    """A merged layer without a bias gives the same output as forward, with perturbed parameters."""
     _merged_output(case, f"{MERGE}: the same scale, the same transposition?")
 
 
 @check(*FLOATS, bias=True, core=True)
 def bias(case: Case) -> None:
-    """So does a layer with a bias."""
+    """A merged layer with a bias gives the same output as forward, with perturbed parameters."""
     _merged_output(case, f"{MERGE}: does forward treat the bias in base(x) as the merged layer will? adapter_merge_bias changes it")
 
 
@@ -45,15 +45,15 @@ def _merged_output(case: Case, hint: str) -> None:
 
 @check(torch.float64, *FLOATS, core=True)
 def unmerge(case: Case) -> None:
-    """`adapter.unmerge()` gives base and adapter back to the last bit, also the second time.
+    """`adapter.unmerge()` restores base and adapter to the last bit, also the second time.
 
-    adapter_unmerge by itself comes near in float64, but for an additive method's, which is not called.
+    adapter_unmerge alone inverts adapter_merge approximately in float64, unless the method is additive: then it is never called.
     """
     model, adapter = case.adapted()
     if not case.hooks.method.additive:
         check_inverse(adapter)
     before, expected = snapshot(model), model(case.x)
-    hint = "look for what adapter_merge or adapter_unmerge writes to in place"
+    hint = "look for tensors that adapter_merge or adapter_unmerge changes in place"
     for times in ("once", "twice"):
         adapter.merge()
         adapter.unmerge()
@@ -65,7 +65,7 @@ def unmerge(case: Case) -> None:
 
 @check(layers="quantized")
 def quantized(case: Case) -> None:
-    """A quantised layer trains, merges to a dense one of the same output, and gets its codes back; also after a forward in eval."""
+    """A quantized layer trains, merges into a dense layer with the same output, and gets its codes back, also after a forward in eval."""
     model = case.base()
     model(case.x)  # in eval, which may repack codes
     before, adapter = snapshot(model), case.attach(model)
@@ -76,9 +76,9 @@ def quantized(case: Case) -> None:
         optimizer.zero_grad()
     expected = model.eval()(case.x)
     adapter.merge()
-    hint = f"{MERGE}; the weight that the method sees is the dequantised one"
+    hint = f"{MERGE}; the weight that the method sees is the dequantized one"
     if case.hooks.merges_weight:
-        require(part_of(adapter).site.module.weight.is_floating_point(), "the merged layer is still quantised")  # type: ignore[union-attr, operator]
+        require(part_of(adapter).site.module.weight.is_floating_point(), "the merged layer is still quantized")  # type: ignore[union-attr, operator]
     close(model(case.x), expected, case.eps, "the merged layer's output", hint)
     adapter.detach()
     unchanged(model, before, "after detach()", hint)
@@ -86,7 +86,7 @@ def quantized(case: Case) -> None:
 
 @check(torch.float32, torch.bfloat16, layers="dense", first=True)
 def files(case: Case) -> None:
-    """Merged on files, a checkpoint gives the same output; unmerged, it has the same bits."""
+    """A checkpoint that is merged on files gives the same output; unmerging it restores the same bits."""
     model = case.untouched()
     with TemporaryDirectory() as folder:
         root = Path(folder)

@@ -1,4 +1,4 @@
-"""What came of the checks."""
+"""The results of the checks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ Outcome = Literal["passed", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Result:
-    """Of one check."""
+    """The result of one check."""
 
     name: str
     outcome: Outcome
     reason: str
-    """What failed, or why it was skipped; of one that passed, on what."""
+    """What failed, or why the check was skipped, or on how many cases it passed."""
     left_out: str = ""
-    """Of one that passed: on which kinds of layers it was skipped, and why."""
+    """For a check that passed: the kinds of layers on which it was skipped, and why."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of all checks of one plugin. `str(report)` has the counts, and every check that failed or was skipped, with its reason."""
+    """The results of all checks of one plugin. `str(report)` shows the counts and every failed or skipped check with its reason."""
 
     plugin: str
     checks: tuple[Result, ...]
     core: frozenset[str]
-    """Those of the checks without which nothing is proven."""
+    """Names of the core checks, of which at least one must pass."""
     notes: tuple[str, ...] = ()
-    """The kinds of layers that nothing was tried on, and why."""
+    """The kinds of layers on which no check ran, and why."""
 
     @property
     def passed(self) -> int:
@@ -46,15 +46,15 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed, and it is no empty success: something passed, and of the core checks that were asked for, too."""
+        """Whether nothing failed, at least one check passed, and, if core checks were selected, one of these passed."""
         core = [result for result in self.checks if result.name in self.core]
         return not self.failed and self.passed > 0 and (not core or any(result.outcome == "passed" for result in core))
 
     @property
     def verdict(self) -> str:
-        """The counts in a line, and what they mean where they do not say it."""
+        """The counts in one line, with a note if no core check passed."""
         counts = f"{self.plugin}: {self.passed} passed, {self.failed} failed, {self.skipped} skipped"
-        return counts if self.ok or self.failed else f"{counts}: no core check ran, so nothing is proven"
+        return counts if self.ok or self.failed else f"{counts}: no core check ran, so the method is untested"
 
     def __str__(self) -> str:
         return "\n".join([self.verdict, *self._lines()])

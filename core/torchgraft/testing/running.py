@@ -1,4 +1,4 @@
-"""Running the checks, for Python, for pytest and for the command line."""
+"""Run the checks, from Python, pytest and the command line."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torchgraft.testing.report import Report, Result
 def run_checks(
     name: str, *, only: Iterable[str] = (), expected_failures: Mapping[str, str] = {}, options: Mapping[str, Any] = {}
 ) -> Report:
-    """Run the checks against the installed method `name`. A check that fails is in the report, and raises nothing.
+    """Run the checks on the installed method `name`. A check that fails is reported, not raised.
 
     Args:
-        only: names of checks; empty: all of them.
+        only: names of checks; empty: all checks.
         expected_failures: name of a check → why it fails. It is counted as skipped; if it passes, that is a failure.
-        options: the method's options, where the defaults are not what is to be checked.
+        options: the method's options; those not given have their defaults.
 
     Raises:
         PluginError: there is no such method, or it cannot be loaded.
@@ -33,18 +33,18 @@ def run_checks(
     """
     chosen, subject = _prepared(name, only, expected_failures, options)
     results = tuple(_expected(_run(check, subject), expected_failures) for check in chosen)
-    notes = tuple(f"nothing was tried on {kind} layers: {reason}" for kind, reason in subject.missing.items())
+    notes = tuple(f"no check ran on {kind} layers: {reason}" for kind, reason in subject.missing.items())
     return Report(name, results, frozenset(key for key, check in CHECKS.items() if check.core), notes)
 
 
 def check_plugin(
     name: str, *, only: Iterable[str] = (), expected_failures: Mapping[str, str] = {}, options: Mapping[str, Any] = {}
 ) -> Report:
-    """`run_checks`, for a test: `def test_it(): tg.testing.check_plugin("ia3")`.
+    """Run the checks as `run_checks` does, in a test: `def test_it(): tg.testing.check_plugin("ia3")`.
 
     Raises:
-        ConformanceError: a check failed, or none proved anything. It is an AssertionError, with the whole report.
-        PluginError, ConfigError: as `run_checks`.
+        ConformanceError: a check failed, or no core check passed. It is an AssertionError with the whole report.
+        PluginError, ConfigError: as for `run_checks`.
     """
     report = run_checks(name, only=only, expected_failures=expected_failures, options=options)
     if not report.ok:
@@ -53,7 +53,7 @@ def check_plugin(
 
 
 def conformance(name: str, *, only: Iterable[str] = (), expected_failures: Mapping[str, str] = {}, options: Mapping[str, Any] = {}) -> Any:
-    """A pytest fixture that makes one test of each check:
+    """Return a pytest fixture that turns each check into one test:
 
         check = tg.testing.conformance("ia3")
 
@@ -61,7 +61,7 @@ def conformance(name: str, *, only: Iterable[str] = (), expected_failures: Mappi
             check()
 
     Raises:
-        ConfigError: as `run_checks`. That the method cannot be loaded shows in the tests.
+        ConfigError: as for `run_checks`. If the method cannot be loaded, the tests fail.
     """
     import pytest
 
@@ -75,7 +75,7 @@ def conformance(name: str, *, only: Iterable[str] = (), expected_failures: Mappi
             if result.outcome == "skipped" and not (one.core and not subject.examples):
                 pytest.skip(result.reason)
             if result.outcome == "skipped":
-                pytest.fail(f"{name}: {result.name}: nothing is proven: {result.reason}", pytrace=False)
+                pytest.fail(f"{name}: {result.name}: the method is untested: {result.reason}", pytrace=False)
             if result.outcome == "failed":
                 pytest.fail(f"{name}: {result.name}: {result.reason}", pytrace=False)
 
@@ -87,7 +87,7 @@ def conformance(name: str, *, only: Iterable[str] = (), expected_failures: Mappi
 def _prepared(
     name: str, only: Iterable[str], expected_failures: Mapping[str, str], options: Mapping[str, Any]
 ) -> tuple[list[Check], Subject]:
-    """The checks to run, and what to run them on. All that the caller can have wrong comes out here."""
+    """Return the checks to run and the method under test, after checking every argument."""
     chosen = _chosen(only, expected_failures)
     parse_config(name, registry().method(name).config, options)
     return chosen, Subject(name, dict(options))
@@ -105,7 +105,7 @@ def _chosen(only: Iterable[str], expected_failures: Mapping[str, str]) -> list[C
 
 
 def _run(check: Check, subject: Subject) -> Result:
-    """One check on every layer that it is for, up to the first that fails."""
+    """Run one check on every layer that it applies to, up to the first failure."""
     passed, skipped = 0, dict[str, dict[str, None]]()
     for case in check.cases(subject):
         try:
@@ -113,7 +113,7 @@ def _run(check: Check, subject: Subject) -> Result:
                 check.function(case)
         except SkippedError as reason:
             skipped.setdefault(str(reason), {})[case.kind.name] = None
-        except Exception as error:  # noqa: BLE001  (a plugin's code may raise anything; the other checks go on)
+        except Exception as error:  # noqa: BLE001  (a plugin's code may raise anything; the other checks continue)
             return Result(check.name, "failed", f"{case}: {_explained(error)}")
         else:
             passed += 1
@@ -139,7 +139,7 @@ def _expected(result: Result, expected_failures: Mapping[str, str]) -> Result:
 
 
 def _explained(error: Exception) -> str:
-    """One line; of an error in a hook, with the line of the hook."""
+    """Describe the error in one line; if it was raised in a hook, name the line of the hook."""
     text = " ".join(str(error).split())
     if isinstance(error, FailedError):
         return text

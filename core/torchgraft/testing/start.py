@@ -1,4 +1,4 @@
-"""Checks of how an adapter starts: adapter_init, adapter_shapes, and the first output."""
+"""Checks of a new adapter: adapter_init, adapter_shapes, and the initial output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INIT = "look at adapter_init"
 
 @check(*FLOATS, core=True)
 def init(case: Case) -> None:
-    """adapter_init gives finite tensors of the shapes that adapter_shapes names, and the same ones for the same generator."""
+    """adapter_init returns finite tensors of the shapes that adapter_shapes returns, and the same values for the same generator."""
     model = case.base()
     site = case.site(model)
     config = case.config(site)
@@ -38,7 +38,7 @@ def init(case: Case) -> None:
 
 
 def _made(case: Case, model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
-    """What adapter_init gives. torch's own generator stands elsewhere each time, and must be left there."""
+    """Return the result of adapter_init, and check that it leaves torch's global generator alone, whose state differs at each call."""
     site = case.site(model)
     torch.rand(3)
     before = torch.get_rng_state()
@@ -49,7 +49,7 @@ def _made(case: Case, model: torch.nn.Module, seed: int) -> dict[str, Tensor]:
 
 @check(*FLOATS, core=True)
 def no_op(case: Case) -> None:
-    """With default options, the output at the start is the base's. `Method.starts_unchanged` claims it."""
+    """With default options, the initial output equals the base's. `Method.starts_unchanged` claims this."""
     claimed(case.hooks.method.starts_unchanged, "starts_unchanged")
     model, _ = case.adapted(perturb=False)
     hint = "look at how adapter_init and adapter_forward start, or set Method(starts_unchanged=False)"

@@ -1,4 +1,4 @@
-"""Checks of training: what gets gradients, which ones, and what must stay as it was."""
+"""Checks of training: which tensors get gradients, whether these are right, and what must not change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torchgraft.testing.checks import FLOATS, check
 from torchgraft.testing.compare import claimed, close, finite, require, snapshot, unchanged
 
 STEPS = 60
-"""Optimizer steps: enough for a method that does something every fifty."""
+"""Number of optimizer steps: enough for a method that acts every 50 steps."""
 
 
 @check(*FLOATS, core=True)
 def trains(case: Case) -> None:
-    """Only the adapter's parameters are trained. Each gets a gradient, which is not all zero once it is away from its start."""
+    """Only the adapter's parameters are trained. Each gets a gradient, which is not all zero once the parameters are perturbed."""
     model, adapter = case.adapted(perturb=False)
     for when in ("at the start", "with perturbed parameters"):
         model.zero_grad()
@@ -46,9 +46,9 @@ def _check_only_own(model: Model, adapter: Adapter) -> None:
 
 @check(torch.float64, layers="dense")
 def gradients(case: Case) -> None:
-    """Gradients for x and for the parameters are those that finite differences give, in float64.
+    """The gradients of x and of the parameters agree with finite differences in float64.
 
-    But for the parameters in `Method.partial_gradients`: of these it is not claimed.
+    Parameters in `Method.partial_gradients` are not checked.
     """
     model, adapter = case.adapted()
     model.double()
@@ -73,7 +73,7 @@ def _checked(case: Case, adapter: Adapter, x: Tensor) -> Iterator[tuple[str, Ten
 
 @torch.no_grad()
 def _slope(model: Model, x: Tensor, tensor: Tensor, direction: Tensor, step: float = 1e-6) -> Tensor:
-    """(L(t + εv) - L(t - εv)) / 2ε."""
+    """Return (L(t + εv) - L(t - εv)) / 2ε."""
     before, losses = tensor.clone(), []
     for sign in (1, -1):
         tensor.copy_(before + sign * step * direction)
@@ -84,7 +84,7 @@ def _slope(model: Model, x: Tensor, tensor: Tensor, direction: Tensor, step: flo
 
 @check(*FLOATS, core=True)
 def base_untouched(case: Case) -> None:
-    """No weight, bias or buffer of the base is changed by attaching, forward, backward or the optimizer's step."""
+    """Attaching, forward, backward and optimizer steps change no weight, bias or buffer of the base."""
     model = case.base()
     before, hint = snapshot(model), "look for what writes to the layer: site.module, site.weight() or site.bias in place"
     adapter = case.attach(model)
@@ -101,19 +101,19 @@ def base_untouched(case: Case) -> None:
 
 @check(layers="dense", first=True)
 def param_groups(case: Case) -> None:
-    """The groups for an optimizer have every parameter once, and their rates follow `lr`. adapter_param_groups claims it."""
+    """The optimizer's groups contain every parameter once, with rates proportional to `lr`. adapter_param_groups claims this."""
     claimed(case.hooks.has("adapter_param_groups"), "adapter_param_groups")
     _, adapter = case.adapted()
     single, double = (adapter.param_groups(lr=lr, weight_decay=0.1) for lr in (0.125, 0.25))
     for once, twice in zip(single, double, strict=True):
         found = (once.get("lr"), twice.get("lr"))
-        hint = "every group says its lr, which is the one that is asked for or in proportion to it; look at adapter_param_groups"
+        hint = "every group must have an lr that is proportional to the given lr; look at adapter_param_groups"
         require(None not in found and found[1] == 2 * found[0], f"with lr = 0.125 and 0.25 a group has {found[0]} and {found[1]}; {hint}")  # type: ignore[operator]
 
 
 @check(layers="dense", first=True)
 def steps(case: Case) -> None:
-    """With adapter_penalty and adapter_step, a run of training stays finite, and what came of it merges."""
+    """With adapter_penalty and adapter_step, training stays finite, and the trained adapter merges."""
     hooks = [name for name in ("adapter_step", "adapter_penalty") if case.hooks.has(name)]
     claimed(bool(hooks), "adapter_step or adapter_penalty")
     hint = f"look at {' and '.join(hooks)}"
@@ -122,7 +122,7 @@ def steps(case: Case) -> None:
     optimizer = torch.optim.AdamW(adapter.param_groups(lr=1e-2, weight_decay=0.0))
     for step in range(1, STEPS + 1):
         penalty = adapter.penalty()
-        require(penalty.shape == (), f"adapter_penalty gives a tensor of shape {tuple(penalty.shape)}, not one number; {hint}")
+        require(penalty.shape == (), f"adapter_penalty returns a tensor of shape {tuple(penalty.shape)}, not a scalar; {hint}")
         loss = (model(case.x) - 1).square().mean() + penalty
         finite(loss, f"the loss at step {step}", hint)
         torch.autograd.backward(loss)
