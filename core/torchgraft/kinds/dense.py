@@ -59,15 +59,17 @@ class Linear(Kind):
         if x.is_nested:
             return super()._add_low_rank(module, x, base, change)
         in_place, rows = self._is_alone(x, base), _rows(x)
-        h = self._own_output(module, rows, base, change.stored) if in_place else _rows(base(x))
+        if not in_place:
+            h = _rows(base(x))
+        elif change.stored is None:
+            h = base(rows)
+        else:
+            h = self.product_with(module, rows, change.stored)
         if rows.dtype == h.dtype and is_wider(change.a, h) and not traced() and not autocast(h):
             y = _wide_sum(h, dropped(rows, change.dropout, module), change)
         else:
             y = _sum(h, self.project_in(module, rows, change.a, change.dropout), change, in_place)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-
-    def _own_output(self, module: nn.Module, rows: Tensor, base: Callable[[Tensor], Tensor], stored: Tensor | None) -> Tensor:
-        return base(rows) if stored is None else self.product_with(module, rows, stored)
 
     def product_with(self, module: nn.Module, rows: Tensor, stored: Tensor) -> Tensor:
         """Return the layer's own output for `rows`, computed with the result of `weight_for_product`."""
@@ -252,13 +254,13 @@ def _wide_sum(h: Tensor, rows: Tensor, change: LowRank) -> Tensor:
 
 def _sum(h: Tensor, u: Tensor, change: LowRank, in_place: bool) -> Tensor:
     """Return the changed output, from u = A·x. With `in_place`, `h` may be written to."""
-    from torch.nn import functional as F
-
     if u.dtype == h.dtype:
         # Under autocast u is of h's type, and B is not; autocast does not apply to addmm_ and addmm, and would narrow B.
         add = h.addmm_ if in_place else h.addmm
         y = add(u, change.b.to(h.dtype).t(), alpha=change.scale)
     else:
+        from torch.nn import functional as F
+
         y = h + F.linear(change.scale * u, change.b)
     return with_gain(y, change.gain, change.bias).to(h.dtype)
 
