@@ -113,7 +113,7 @@ def test_dora_is_exported_to_peft_and_refused_as_lora(base: Path, tmp_path: Path
     for more in ([], ["--base", base]):
         result = adapt("export", tmp_path / "adapter", "--to", "lora", "-o", tmp_path / "lora", *more)
         assert (result.code, result.out) == (2, "")
-        assert "no LoRA equals the change as what dora makes of it" in result.err
+        assert "no LoRA equals the change that dora makes to it" in result.err
         assert "--rank R --base MODEL" in result.err
         assert not (tmp_path / "lora").exists()
 

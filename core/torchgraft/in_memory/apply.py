@@ -15,7 +15,7 @@ from torchgraft.in_memory import fast_paths, graft, record
 from torchgraft.in_memory.adapter import Adapter, adapters, parts_by_module, watch_steps
 from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts_of
 from torchgraft.kinds.kind import kind_of
-from torchgraft.layers.layer import Layer, is_inside, shares_weight
+from torchgraft.layers.layer import Layer, is_inside
 from torchgraft.layers.of_module import modules_in_attention
 from torchgraft.layers.plan import configure, plan, site_of
 from torchgraft.method.config import Config, parse_config
@@ -203,7 +203,9 @@ def _replaced(layer: Layer, module: nn.Module, instead: nn.Module) -> Site:
             "detach them, or attach this one first"
         )
     if layer.tied:
-        raise AttachError(f"{shares_weight(layer.name, layer.tied)}, and would no longer be; exclude one of them")
+        raise AttachError(
+            f"{layer.name}: the method replaces its weight, which is shared with {', '.join(layer.tied)}; exclude one of the layers"
+        )
     kind, reason = kind_of(instead, registry().kinds())
     if kind is None:
         raise AttachError(f"{layer.name}: the layer that replaces it cannot be adapted: it {reason or 'has no kind'}")

@@ -68,7 +68,7 @@ class Layer:
 
 def shares_weight(name: str, others: Iterable[str]) -> str:
     """Return the start of a message about tied weights."""
-    return f"{name}: its weight is also that of {', '.join(others)}"
+    return f"{name}: its weight is shared with {', '.join(others)}"
 
 
 def outer_names(name: str) -> Iterator[str]:
