@@ -23,7 +23,7 @@ def layer_document(layer: Layer) -> dict[str, Any]:
 
 
 def selection_document(chosen: Chosen) -> dict[str, Any]:
-    """The JSON of a model with a selection on it."""
+    """Return the JSON document of a model and a selection of its layers."""
     from torchgraft.layers.plan import trainable_params
 
     trainable, total = trainable_params(chosen.plan, chosen.hooks, chosen.configs), chosen.plan.total_params
@@ -47,5 +47,5 @@ def model_document(layers: tuple[Layer, ...]) -> dict[str, Any]:
 
 
 def memory_document(memory: Memory) -> dict[str, int]:
-    """The JSON of an estimate, in bytes."""
+    """Return the JSON document of a memory estimate, in bytes."""
     return {key: getattr(memory, key) for key in ("trainable", "weights", "adapter", "gradients", "optimizer", "total")}

@@ -1,4 +1,4 @@
-"""The entry point: commands are loaded when they are called, and every error becomes one line and an exit code."""
+"""The entry point `adapt`: imports a command when it is called, and turns every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = ("inspect", "plugins", "apply", "check", "merge", "unmerge", "export"
 
 
 class LazyGroup(click.Group):
-    """Each command is the function of its name in `commands/`, imported when it is asked for. After them come those of plugins."""
+    """Import each command from `commands/` when it is needed; the commands of plugins follow."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*COMMANDS, *_of_plugins(ctx)]
@@ -37,7 +37,7 @@ class LazyGroup(click.Group):
 
 
 def _of_plugins(ctx: click.Context) -> dict[str, click.Command]:
-    """Asked for once in each run."""
+    """Return the commands of plugins, loaded once per run."""
     found: dict[str, click.Command] | None = ctx.meta.get(__name__)
     if found is None:
         found = ctx.meta[__name__] = plugin_commands(COMMANDS)
@@ -48,11 +48,16 @@ def _of_plugins(ctx: click.Context) -> dict[str, click.Command]:
 @click.version_option(__version__, prog_name="adapt")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def adapt(debug: bool) -> None:
-    """Attach, inspect, merge and unmerge adapters of PyTorch models."""
+    """Inspect models, and create, check, merge and unmerge their adapters.
+
+    \b
+    A typical sequence:  inspect → apply → train (in Python) → check → merge.
+    Exit codes:  0 success, 2 invalid input, 1 internal error, 128+N if killed by signal N.
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `adapt` and exit: 0 done, 1 a bug, 2 the user's input."""
+    """Run `adapt` and exit: 0 success, 1 internal error, 2 invalid input."""
     warnings.showwarning = _show_warning
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     _prepare_process()
@@ -67,14 +72,14 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("terminated; nothing was left behind", 128 + error.args[0], debug)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was left behind", 128 + signal.SIGINT, debug)
-    except Exception as error:  # noqa: BLE001  (the last line of defence: what is not the user's is a bug)
+    except Exception as error:  # noqa: BLE001  (any other error is a bug, and is reported as one)
         hint = "" if debug else "; please report it with the output of adapt --debug …"
         where = next(iter(getattr(error, "__notes__", ())), "adapt")
         _fail(f"a bug in {where}: {type(error).__name__}: {error}{hint}", 1, debug)
 
 
 class TerminatedError(BaseException):
-    """SIGTERM or SIGHUP came, its number is the argument. All that is unwound cleans up, as it does for an interrupt."""
+    """SIGTERM or SIGHUP was received; the argument is its number. Unwinding cleans up, as it does for an interrupt."""
 
 
 def _terminate(number: int, *_: Any) -> None:
@@ -82,7 +87,7 @@ def _terminate(number: int, *_: Any) -> None:
 
 
 def run() -> None:
-    """The installed command: `main`, and out at once. Python would take half a second to take torch apart."""
+    """Run `main` as the installed command, and exit without Python's teardown, which takes half a second with torch."""
     try:
         main()
         code = 0
@@ -95,14 +100,14 @@ def run() -> None:
 
 
 def _prepare_process() -> None:
-    """A terminal that cannot show × gets a ?, and whoever stops reading our output (`| head`) has seen enough."""
+    """Print ? where a terminal cannot show ×, end silently when a reader such as `head` closes the pipe, and handle signals."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks for
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, _terminate)
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they select."""
+"""Options that several commands share, and the selection that they describe."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_PLUGIN = "lora"
-"""What `inspect` counts with when a selection is given and no method."""
+"""The method that `inspect` counts with if none is given."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 kind_option = click.option(
-    "--kind", "kinds", multiple=True, metavar="P=KIND", help="The kind of layers that the files do not tell: 'proj=Linear'. Repeatable."
+    "--kind",
+    "kinds",
+    multiple=True,
+    metavar="P=KIND",
+    help="The kind of layers that cannot be inferred from the files: 'proj=Linear'. Repeatable.",
 )
 
 
@@ -43,7 +47,12 @@ def selection_options(command: F) -> F:
                 help="A pattern of layers: a name, a glob, re:…, @role; ! excludes. Repeatable.",
             ),
             click.option("--layers", metavar="R", help="Only in these blocks: 0-15,20."),
-            click.option("--also-train", multiple=True, metavar="P", help="A module to train whole beside the adapter. Repeatable."),
+            click.option(
+                "--also-train",
+                multiple=True,
+                metavar="P",
+                help="A module to train fully beside the adapter (PEFT's modules_to_save). Repeatable.",
+            ),
             click.option("--allow-unmatched", is_flag=True, help="Accept patterns that match nothing."),
             click.option("--set", "settings", multiple=True, metavar="K=V", help="An option of the method: rank=16. Repeatable."),
             click.option("-r", "--rank", metavar="N", help="Short for --set rank=N."),
@@ -65,7 +74,7 @@ def selection_options(command: F) -> F:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A checkpoint, and what an adapter on it would be."""
+    """A checkpoint, and the adapter that the options describe."""
 
     checkpoint: Checkpoint
     plan: Plan
@@ -73,7 +82,7 @@ class Chosen:
     config: Config
     configs: dict[str, Config]
     settings: dict[str, Any]
-    """The options of the method as they were given."""
+    """The options of the method that were given explicitly."""
 
 
 def choose(
@@ -89,7 +98,7 @@ def choose(
     overrides: tuple[tuple[str, str], ...],
     kinds: tuple[str, ...],
 ) -> Chosen:
-    """What the selection options say, on the checkpoint `source`."""
+    """Apply the selection options to the checkpoint `source`."""
     from torchgraft.checkpoint.reading import open_checkpoint
     from torchgraft.layers.plan import configure, plan
     from torchgraft.method.config import parse_config

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
-    """Name → command. What a plugin gets wrong is warned of, and takes no other command away.
+    """Return name → command of all plugins. A plugin that fails causes a warning, and affects no other command.
 
     Args:
-        taken: names that no plugin can have.
+        taken: names that plugins cannot use.
     """
-    if not _any_stranger():
+    if not _any_third_party():
         return {}
     from torchgraft.plugin.registry import registry
 
@@ -35,7 +35,7 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
         try:
             with redirect_stdout(sys.stderr):
                 register(commands=own)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (a stranger's code: its problem, and not that of every command)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (third-party code: its failure must not break other commands)
             _left_out(info, f"its register_commands failed: {type(error).__name__}: {error}")
             continue
         for name, command in own.commands.items():
@@ -49,7 +49,7 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
     return found
 
 
-def _any_stranger() -> bool:
+def _any_third_party() -> bool:
     """Whether a plugin beside the bundled ones can be there. The registry takes a tenth of a second to load, and `adapt --help` is none."""
     if "torchgraft.plugin.registry" in sys.modules:
         return True

@@ -1,4 +1,4 @@
-"""All that is shown with rich."""
+"""Tables, trees and progress bars with rich."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ PLAIN, BOLD, DIM, CYAN, GREEN = map(Style.parse, ("none", "bold", "dim", "cyan",
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A terminal's own width; in a pipe COLUMNS, or wide enough that names are whole."""
+    """Return a console as wide as the terminal; in a pipe, as COLUMNS states or wide enough for complete names."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     return Console(stderr=stderr, width=width, highlight=False)
 
 
 DROPPED_FIRST = ("dtype", "bytes", "share", "kind", "of dense", "shape")
-"""Columns that a narrow terminal does without, in this order: a number cut short would be a wrong number."""
+"""Columns that a narrow terminal omits, in this order, because a truncated number would be wrong."""
 
 
 TEXTS = ("module", "kind", "shape", "dtype")
-"""Columns that are flush left."""
+"""Left-aligned columns."""
 MIN_MODULE = 24
 GAP = "  "
 
 
 @dataclass(frozen=True)
 class ModelTable:
-    """The folded tree as lines of equal columns. rich's own tables take seconds for a model that has 100,000 rows."""
+    """The folded tree as aligned lines. rich's own tables take seconds for a model with 100,000 rows."""
 
     header: str
     lines: list[tuple[str, Style, str, str, Style]]
-    """The label and its style, how often it is repeated, and the other cells and their style."""
+    """(label, its style, how often it is repeated, other cells, their style) of each line."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         yield Segment(f"{self.header}\n", BOLD)
@@ -68,7 +68,7 @@ def model_table(rows: Sequence[Row], total_params: int, out: Console, trained_na
     looks = [_look(row) for row in rows]
     table = {
         look: _cells(*look, total_params, bool(trained_name)) for look in dict.fromkeys(looks)
-    }  # rows that look alike are written once
+    }  # rows with equal cells are formatted once
     columns = {name: [cells[place] for cells in table.values()] for place, name in enumerate((*TEXTS[1:], *numbers))}
     widths = {name: max(map(len, (name, *cells))) for name, cells in columns.items()}
     module = max([MIN_MODULE, *[wide for _, _, wide in labels]])
@@ -85,7 +85,7 @@ def model_table(rows: Sequence[Row], total_params: int, out: Console, trained_na
 
 
 def _label(row: Row) -> tuple[str, str, int]:
-    """The name, indented, how often it is repeated, and the width of both. What a terminal would obey is shown as its code."""
+    """Return the indented name, how often it is repeated, and the width of both. Control characters are shown as codes."""
     name = row.label if row.label.isprintable() else "".join([c if c.isprintable() else ascii(c)[1:-1] for c in row.label])
     label, times = "  " * row.depth + name, f" ×{row.times}" if row.times > 1 else ""
     return label, times, len(times) + (len(label) if label.isascii() else cell_len(label))
@@ -100,7 +100,7 @@ def _line(row: Row, label: tuple[str, str, int], width: int, cells: str) -> tupl
 
 
 def _look(row: Row) -> tuple[str, tuple[int, ...], str, int, int, int]:
-    """All of a row but its name: the kind or the role, shape, dtype, params, bytes, trained."""
+    """Return a row without its name: kind or role, shape, dtype, params, bytes, trained."""
     layer = row.layer
     if layer is None:
         return "", (), "", row.params, row.bytes, row.trained
@@ -118,7 +118,7 @@ def _cells(
 
 
 def memory_table(memory: Mapping[str, Memory], chosen: str) -> Table:
-    """A row for each method, the chosen one in bold."""
+    """Return a table with one row per method, the chosen one in bold."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("method", "trained", "weights", "adapter", "gradients", "optimizer", "total"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
@@ -139,7 +139,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
 
 def facts(pairs: Mapping[str, str]) -> Table:
-    """Name and value, a line each."""
+    """Return a table with one line per name and value."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -164,7 +164,7 @@ def percent(part: float, whole: float) -> str:
 
 @contextmanager
 def byte_progress(title: str, *, shown: bool) -> Iterator[Callable[[int, int], Any]]:
-    """A bar on stderr, where that is a terminal; yields the function that advances it, by bytes of a total."""
+    """Show a progress bar on stderr if that is a terminal; yield the function (bytes written, total) that advances it."""
     if not shown or not sys.stderr.isatty():
         yield lambda _written, _total: None
         return

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def show_memory(chosen: Chosen, out: Console | None = None) -> None:
-    """What training takes with each method on the same layers; on stdout, or on `out`."""
+    """Print the memory that training takes with each method on the same layers, on stdout or on `out`."""
     from torchgraft_cli.render import console, memory_table
 
     out = out or console()
-    out.print("\nmemory that training takes (Adam; activations come on top):")
+    out.print("\nmemory for training (with Adam, without activations):")
     out.print(memory_table(memory_of(chosen), chosen.hooks.method.name))
 
 
@@ -29,7 +29,7 @@ def memory_of(chosen: Chosen) -> dict[str, Memory]:
 
 
 def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = True, out: Console | None = None) -> None:
-    """The tree with what is selected in it, and the sums; on stdout, or on `out`."""
+    """Print the tree of layers with the selected ones marked, and the totals, on stdout or on `out`."""
     from torchgraft.layers.plan import site_params
     from torchgraft_cli.render import console, model_table, percent
     from torchgraft_cli.tree import rows
@@ -44,6 +44,6 @@ def show_selection(chosen: Chosen, depth: int | None = None, *, tree: bool = Tru
     counts = ", ".join(f"{pattern} {count}" for pattern, count in found.patterns.items())
     out.print(f"{len(found.sites)} of {len(found.layers)} modules selected: {counts}")
     share = f"{percent(own, dense)} of the {dense:,} in the selected layers, " if dense else ""
-    out.print(f"{name} trains {own:,} numbers: {share}{percent(own, found.total_params)} of the model's {found.total_params:,}")
+    out.print(f"{name} trains {own:,} parameters: {share}{percent(own, found.total_params)} of the model's {found.total_params:,}")
     if found.trained:
-        out.print(f"trained whole beside it: {', '.join(found.trained)}, {found.trained_params:,} numbers")
+        out.print(f"fully trained modules: {', '.join(found.trained)}, {found.trained_params:,} parameters")

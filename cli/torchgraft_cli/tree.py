@@ -13,12 +13,12 @@ class Row(NamedTuple):
     depth: int
     label: str
     times: int
-    """How many equal modules this row stands for."""
+    """Number of equal modules that this row represents."""
     layer: Layer | None
     params: int
     bytes: int
     trained: int
-    """Numbers that an adapter trains in all of it."""
+    """Parameters that an adapter trains in this row."""
 
 
 @dataclass(slots=True)
@@ -29,11 +29,11 @@ class Node:
     bytes: int = 0
     trained: int = 0
     shape: int = 0
-    """Equal for nodes that look the same, names of their blocks aside."""
+    """A number that is equal for nodes with equal contents, whatever their names."""
 
 
 def rows(layers: Iterable[Layer], trained: Mapping[str, int], depth: int | None = None) -> list[Row]:
-    """The rows of the folded tree, down to `depth` levels. `trained`: layer → numbers that an adapter trains there."""
+    """Return the rows of the folded tree, down to `depth` levels. `trained`: layer → parameters that an adapter trains there."""
     root = Node()
     for layer in layers:
         node = root
@@ -77,7 +77,7 @@ def _walk(node: Node, level: int, depth: int | None) -> Iterator[Row]:
 
 
 def _groups(node: Node) -> list[tuple[str, list[Node]]]:
-    """The children, with runs of equal numbered ones taken together."""
+    """Return the children, with runs of equal numbered ones in one group."""
     groups: list[tuple[list[str], list[Node]]] = []
     children = list(node.children.items())
     if all(map(_is_number, node.children)):  # shards may hold blocks in any order

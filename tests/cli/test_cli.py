@@ -69,7 +69,7 @@ model                                                     182  364 B  81.61 %
 
 16 modules, 223 parameters, 446 B
 """
-# v_proj of a block: 1·(2 + 4) = 6 numbers, q_proj: 1·(4 + 4) = 8, in the last block 1·(6 + 4) = 10; dense 3·(16 + 8) + 24 + 8 = 104.
+# v_proj of a block: 1·(2 + 4) = 6 parameters, q_proj: 1·(4 + 4) = 8, in the last block 1·(6 + 4) = 10; dense 3·(16 + 8) + 24 + 8 = 104.
 SELECTED = """\
 module                    kind       shape   dtype     params  bytes    share  lora trains  of dense
 (model)                   other      scalar  bfloat16       1    2 B   0.45 %
@@ -82,9 +82,9 @@ model                                                     182  364 B  81.61 %   
   norm                    norm       4       bfloat16       4    8 B   1.79 %
 
 8 of 16 modules selected: @attention 8
-lora trains 58 numbers: 55.77 % of the 104 in the selected layers, 26.01 % of the model's 223
+lora trains 58 parameters: 55.77 % of the 104 in the selected layers, 26.01 % of the model's 223
 
-memory that training takes (Adam; activations come on top):
+memory for training (with Adam, without activations):
 method    trained  weights  adapter  gradients  optimizer    total
 full          223    446 B      0 B      446 B      892 B  1.7 KiB
 adalora        58    446 B    232 B      232 B      464 B  1.3 KiB

@@ -102,7 +102,7 @@ def test_layers_of_rank_0_are_left_out_and_named(base: Path, tmp_path: Path, ada
     want = adapter_of(base, tmp_path / "adapter", "adalora", **options)
     result = adapt("export", tmp_path / "adapter", "--to", "lora", "-o", tmp_path / "out")
     assert result.code == 0, result.err
-    assert "left out, for their rank is 0: model.layers.0.self_attn.q_proj" in result.out
+    assert "skipped (rank 0): model.layers.0.self_attn.q_proj" in result.out
     assert_same(in_peft(base, tmp_path / "out"), want)
 
 

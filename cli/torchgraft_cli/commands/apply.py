@@ -1,4 +1,4 @@
-"""adapt apply: make a new adapter for a model."""
+"""adapt apply: create a new adapter for a model."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torchgraft_cli.options import choose, json_option, selection_options
 from torchgraft_cli.output import echo_json
 
 
-@click.command(short_help="Make a new adapter for a model.")
+@click.command(short_help="Create a new adapter for a model.")
 @click.argument("model")
 @click.option("--plugin", required=True, metavar="M", help="The method: see 'adapt plugins list'.")
 @selection_options
-@click.option("--seed", default=0, show_default=True, metavar="N", help="Of the random initial values.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Seed of the random initial values.")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="ADAPTER", help="The directory to write; it must not exist."
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be made, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be created, and write nothing.")
 @json_option
 def apply(model: str, plugin: str, seed: int, output: Path, dry_run: bool, as_json: bool, **selection: Any) -> None:
-    """Make a new adapter for MODEL, initialised and ready to be trained: tg.load(model, ADAPTER).
+    """Create an initialized adapter for MODEL, ready for training: tg.load(model, ADAPTER).
 
-    MODEL is a checkpoint directory, a .safetensors file or a hub id. Without --target it is @linear: every matrix but
-    the output head.
+    MODEL is a checkpoint directory, a .safetensors file or a hub id. The default of --target is
+    @linear: every matrix except the output head.
     """
     from torchgraft.disk import refuse_existing
     from torchgraft.errors import SelectionError, TorchgraftWarning

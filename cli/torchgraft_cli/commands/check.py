@@ -11,15 +11,15 @@ from torchgraft_cli.options import json_option, kind_option, parse_kinds
 from torchgraft_cli.output import echo_json, plain
 
 
-@click.command(short_help="Tell whether an adapter fits a model.")
+@click.command(short_help="Report whether an adapter fits a model, and why not.")
 @click.argument("model")
 @click.argument("adapter", type=click.Path(path_type=Path))
 @kind_option
 @json_option
 def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> None:
-    """Compare ADAPTER with MODEL and list everything that does not fit. Exits with 0 if all does, else with 2.
+    """Compare ADAPTER with MODEL from headers alone, and list every problem. The exit code is 0 if it fits, else 2.
 
-    Where the two name the same layers differently, it says how the names were read.
+    If the two name the same layers differently, the mapping of names is shown.
     """
     from torchgraft.on_files.check import check as compare
 

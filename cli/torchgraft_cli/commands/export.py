@@ -20,13 +20,13 @@ from torchgraft_cli.output import echo_json
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The directory to write; it must not exist."
 )
 @click.option("--base", metavar="MODEL", help="The adapter's base; needed with --rank, and if PEFT wrote the adapter.")
-@click.option("-r", "--rank", type=click.IntRange(min=1), metavar="R", help="Of the nearest LoRA, for a method that is none.")
+@click.option("-r", "--rank", type=click.IntRange(min=1), metavar="R", help="Rank of the nearest LoRA, for a method that is not a LoRA.")
 @kind_option
 @json_option
 def export(
     adapter: Path, to: Literal["lora", "peft"], output: Path, base: str | None, rank: int | None, kinds: tuple[str, ...], as_json: bool
 ) -> None:
-    """Write ADAPTER in PEFT's format to OUT, for tools that know nothing else.
+    """Write ADAPTER in PEFT's format to OUT, for tools that read no other.
 
     With --to lora, AdaLoRA and the like are folded into plain LoRA factors with one lora_alpha. A method whose change is
     no LoRA is refused, unless --rank and --base ask for the nearest one; its error is then reported.
@@ -41,7 +41,7 @@ def export(
         return
     click.echo(f"wrote {output}: {report.sites} layers")
     if report.left_out:
-        click.echo(f"left out, for their rank is 0: {', '.join(report.left_out)}")
+        click.echo(f"skipped (rank 0): {', '.join(report.left_out)}")
     if report.errors:
         worst = max(report.errors, key=lambda name: report.errors[name])
         mean = sum(report.errors.values()) / len(report.errors)

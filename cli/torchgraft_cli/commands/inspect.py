@@ -1,4 +1,4 @@
-"""adapt inspect: what is in a model, and what an adapter on it would cost."""
+"""adapt inspect: show the layers of a model, and what an adapter on it would cost."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torchgraft_cli.output import echo_json
 from torchgraft_cli.show import memory_of, show_memory, show_selection
 
 INDENTED = 10_000
-"""Modules. A longer document is read by programs, and Python writes it five times as fast in one line."""
+"""Number of modules up to which JSON is indented. Longer documents are read by programs, and written five times as fast in one line."""
 
 
-@click.command(short_help="Show what is in a model, and what an adapter would cost.")
+@click.command(short_help="Show the layers of a model, and what an adapter would cost.")
 @click.argument("source")
 @click.option("--plugin", metavar="M", help=f"The method to count with [default: {DEFAULT_PLUGIN}].")
 @selection_options
@@ -28,8 +28,8 @@ INDENTED = 10_000
 def inspect(source: str, plugin: str | None, depth: int | None, as_json: bool, **selection: Any) -> None:
     """Show the layers of SOURCE: a checkpoint directory, a .safetensors file or a hub id.
 
-    With --target or --plugin it also shows which layers are selected, how many numbers the method would train there,
-    what share of the dense weights that is, and what memory training would take. No model is built and nothing is loaded.
+    With --target or --plugin it also shows which layers are selected, how many parameters the method would train there,
+    their share of the dense weights, and how much memory training would take. Only headers are read; no model is built.
     """
     with _collector_off():
         if plugin or any(value for key, value in selection.items() if key != "kinds"):
@@ -71,7 +71,7 @@ def _echo(document: dict[str, Any]) -> None:
 
 @contextmanager
 def _collector_off() -> Iterator[None]:
-    """A large header becomes a million objects, none in a cycle: the collector would visit them again and again for nothing."""
+    """Switch the garbage collector off: a large header becomes a million objects without cycles, which it would visit repeatedly."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     help="Merge into the weights as they were quantized for training (the default if they were), or into the base's own.",
 )
 @click.option("--max-shard-size", metavar="S", help="The most data in one weight file: 5GB, 500MB. By default, the base's own files.")
-@click.option("--no-verify", is_flag=True, help="Do not read the result back to compare it with the formula.")
-@click.option("--no-undo", is_flag=True, help="Do not keep what 'adapt unmerge' needs.")
+@click.option("--no-verify", is_flag=True, help="Do not read the result back and compare it with the formula.")
+@click.option("--no-undo", is_flag=True, help="Do not write the undo record that 'adapt unmerge' needs.")
 @kind_option
-@click.option("--dry-run", is_flag=True, help="Say what would be done, from names, shapes and sizes, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, from names, shapes and sizes, and write nothing.")
 @json_option
 def merge(
     model: str,
@@ -47,7 +47,7 @@ def merge(
 ) -> None:
     """Merge each ADAPTER into MODEL and write the result to OUT, which loads like MODEL, without torchgraft.
 
-    With factors, A=0.5 B=0.5, the changes are summed up: W + 0.5·ΔA + 0.5·ΔB.
+    With factors, A=0.5 B=0.5, the changes are added with these factors: W + 0.5·ΔA + 0.5·ΔB.
     """
     from torchgraft.on_files.merge import merge_checkpoint
     from torchgraft_cli.render import byte_progress

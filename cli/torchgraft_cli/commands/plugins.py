@@ -80,7 +80,7 @@ def new(name: str, output: Path | None, as_json: bool) -> None:
 @click.option("--set", "settings", multiple=True, metavar="K=V", help="An option of the method: rank=16. Repeatable.")
 @json_option
 def check(name: str, only: tuple[str, ...], settings: tuple[str, ...], as_json: bool) -> None:
-    """Prove the method NAME on small layers of every kind that it claims. Exits with 0 if nothing fails, else with 2.
+    """Test the method NAME on small layers of every kind that it claims. The exit code is 0 if nothing fails, else 2.
 
     It is the conformance kit, torchgraft.testing, that plugins also run in their own tests.
     """

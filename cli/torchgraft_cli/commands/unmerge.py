@@ -1,4 +1,4 @@
-"""adapt unmerge: the base back from a merged checkpoint."""
+"""adapt unmerge: restore the base from a merged checkpoint."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torchgraft_cli.options import json_option
 from torchgraft_cli.output import echo_json
 
 
-@click.command(short_help="Take merged adapters out again.")
+@click.command(short_help="Undo a merge: restore the base bit for bit.")
 @click.argument("merged")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The directory to write; it must not exist."
 )
-@click.option("--base", metavar="DIR", help="Take the originals from the base, and not from MERGED's undo record.")
+@click.option("--base", metavar="DIR", help="Copy the original tensors from the base instead of MERGED's undo record.")
 @json_option
 def unmerge(merged: str, output: Path, base: str | None, as_json: bool) -> None:
-    """Take what was merged last out of MERGED: every tensor and file has the hash of the original, or nothing is written."""
+    """Undo the last merge into MERGED. Every restored tensor and file has the hash of the original, or nothing is written."""
     from torchgraft.on_files.unmerge import unmerge_checkpoint
     from torchgraft_cli.render import byte_progress
 

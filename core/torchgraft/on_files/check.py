@@ -1,4 +1,4 @@
-"""Everything that stands against merging an adapter into a checkpoint, all at once."""
+"""Collect every problem that prevents merging an adapter into a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Verdict:
     renamed: Mapping[str, str] = field(default_factory=dict)
     """The adapter's name of a site or a module → the base's, where they differ."""
     notes: tuple[str, ...] = ()
-    """The same in words, and what cannot be told."""
+    """The same in words, and what cannot be verified."""
 
 
 def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | None = None) -> Verdict:
-    """Names, shapes, types and values of the adapter's tensors, whether this is its base, and whether it is merged already.
+    """Check names, shapes, types and values of the adapter's tensors, whether this is its base, and whether it is merged already.
 
     Raises:
         FileFormatError: the model is missing or broken.

@@ -119,7 +119,7 @@ class UndoReader:
             for number, own, key in self._needed.get(name, []):
                 needed[number][own] = self._checkpoint.read(key)
         except (KeyError, IndexError, ValueError):
-            raise FileFormatError(f"{self._path}: what it holds of {name!r} is incomplete; copy the merged directory again") from None
+            raise FileFormatError(f"{self._path}: the data of {name!r} is incomplete; copy the merged directory again") from None
         return TensorUndo(blocks, needed)
 
 

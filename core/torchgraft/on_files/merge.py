@@ -55,13 +55,13 @@ class MergeReport:
     """The weight files."""
     verified: bool
     notes: tuple[str, ...] = ()
-    """What was decided that one may not expect."""
+    """Decisions that the user may not expect."""
     left_out: tuple[str, ...] = ()
-    """Files of the base that hold the same weights in another form, unmerged."""
+    """Files of the base that were not copied because they contain the same weights in another form, without the merge."""
     undo_bytes: int = 0
-    """Of the undo record; in a dry run, about."""
+    """Size of the undo record; in a dry run, an estimate."""
     memory: int = 0
-    """Bytes, about: the adapters, and what is worked on at a time. torch itself comes on top."""
+    """Estimate of the peak memory in bytes, without torch itself."""
 
 
 def merge_checkpoint(
@@ -80,28 +80,28 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Write `model` with adapters merged into it to the new directory `output`.
 
-    Arithmetic is in float64, rounded to the dtype that is written.
+    Merges are computed in float64 and rounded once, to the dtype that is written.
 
     While it runs, torch computes with one thread and Python's thread switch interval is 0.1 ms, in the whole process; both are
     restored. glibc's mmap threshold stays at its maximum afterwards.
 
     Args:
         adapter: its directory; or several, each with its factor f: W + Σ f·ΔW.
-        dtype: of every float tensor in the output; empty: as it is.
-        onto: "quantized" merges into the weights as they were after quantising, if the adapter was trained on such; the default
-            if it was. "original" merges into the base's own.
+        dtype: dtype of every float tensor in the output; empty: unchanged.
+        onto: "quantized" merges into the weights as they were quantized during training, which is the default if the adapter
+            records it; "original" merges into the base's own.
         max_shard_size: bytes of a weight file. 0: the base's own files.
         verify: read the written tensors back and compare them with a float64 reference.
-        undo: write what `unmerge_checkpoint` needs.
-        dry_run: plan it, and write nothing. Values are not looked at.
-        kinds: pattern → kind, for layers whose kind the files do not tell.
+        undo: write the undo record that `unmerge_checkpoint` needs.
+        dry_run: plan the merge, and write nothing. No values are read.
+        kinds: pattern → kind, for layers whose kind cannot be inferred from the files.
         progress: called with the number of bytes that were just written, and of all that will be.
 
     Raises:
         FileFormatError, PairingError: a file is broken, or an adapter does not fit.
         MergeError: an adapter is merged already, a weight is shared, adapters cannot be combined, or a result is not finite.
-            Nothing is left behind.
-        ConfigError: an option has no such value.
+            Nothing is written.
+        ConfigError: an option is invalid.
     """
     target = Path(output)
     refuse_existing(target)
@@ -109,13 +109,13 @@ def merge_checkpoint(
     checkpoint = open_checkpoint(model)
     for source in (checkpoint.root, *map(Path, adapters)):
         refuse_inside(target, source)
-    # The hashes of the base are taken by one core while the other imports torch.
+    # One core computes the hashes of the base while the other imports torch.
     background: AbstractContextManager[dict[str, str]] = nullcontext({}) if dry_run else digesting(checkpoint)
     with background as digests:
         plan = plan_merge(checkpoint, adapters, dtype=dtype, onto=onto, max_shard_size=max_shard_size, kinds=kinds)
         if plan.sidecars.left_out:
             warnings.warn(
-                f"left out, for they look like weights and are not merged into: {', '.join(plan.sidecars.left_out)}",
+                f"not copied (other copies of the weights, which the merge would leave stale): {', '.join(plan.sidecars.left_out)}",
                 TorchgraftWarning,
                 stacklevel=2,
             )
@@ -130,7 +130,7 @@ def merge_checkpoint(
 
 
 def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool, progress: Progress) -> MergeReport:
-    from torchgraft.on_files.merge_verify import SAID, verify_merge
+    from torchgraft.on_files.merge_verify import CHECKED, verify_merge
 
     plan = run.plan
     with new_directory(target) as directory:
@@ -145,7 +145,7 @@ def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool
             verify_merge(run, directory)
         if undo:
             _write_undo(plan, directory)
-        (directory / RECORD).write_bytes(json_bytes(_record(plan, model, digests, SAID if verify else "", undo)))
+        (directory / RECORD).write_bytes(json_bytes(_record(plan, model, digests, CHECKED if verify else "", undo)))
         return _report(plan, target, verify, _size(directory / UNDO))
 
 

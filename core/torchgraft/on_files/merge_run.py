@@ -1,4 +1,4 @@
-"""Carrying out the plan of a merge: each tensor of the output is copied by the kernel, or made a few rows at a time."""
+"""Execute the plan of a merge: each tensor of the output is copied by the kernel, or computed a few rows at a time."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class MergeRun:
         corrections, undo_tensors = Corrections(), merge.undo_tensors()
         for rows in blocks.rows:
             original = blocks.read(rows)
-            if sha is not None:  # the rows are at hand, and come as they lie
+            if sha is not None:  # the rows are in memory, in the order of the file
                 sha.update(as_bytes(original))
             merged = merge.merged(original, rows)
             undo_tensors.add(rows, merged.needed)

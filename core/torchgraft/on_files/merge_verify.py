@@ -1,4 +1,4 @@
-"""Reading back what a merge wrote: merged weights are compared with the methods' own formulas in float64, copies with the base."""
+"""Verify a merge: read it back, and compare merged weights with the methods' formulas in float64, and copies with the base."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from torchgraft.rewriting.file_tensors import FileTensor, has_contiguous_rows, r
 from torchgraft.rewriting.workers import Workers, opened
 
 PLACES, ROWS, ENTRIES = 8, 8, 1024
-"""How many blocks of how many rows are looked at in each merged tensor, the first and the last among them; of one without rows, entries."""
+"""Number of blocks, and of rows in each, that are read of a merged tensor, the first and last included; entries of one without rows."""
 
-SAID = (
+CHECKED = (
     f"every header; up to {PLACES * ROWS} rows of each merged tensor against the method's formula in float64; "
     "up to 256 entries of each copied tensor against the base"
 )
 
 
 def verify_merge(run: MergeRun, directory: Path) -> None:
-    """
+    """Verify the merge in `directory`.
+
     Raises:
-        MergeError: a tensor is not what it should be.
-        FileFormatError: what was written is no sound checkpoint.
+        MergeError: a tensor differs from its reference.
+        FileFormatError: the output is not a valid checkpoint.
     """
     _check_headers(run, directory)
 
@@ -46,7 +47,8 @@ def verify_merge(run: MergeRun, directory: Path) -> None:
         for wrong in results:
             if wrong:
                 raise MergeError(
-                    f"{wrong}: what was written is not what it should be; the disk or the arithmetic is at fault. Nothing was left behind"
+                    f"{wrong}: verification failed: the written values do not match the reference (disk or arithmetic error). "
+                    "Nothing was written"
                 )
 
 
