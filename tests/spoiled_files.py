@@ -124,7 +124,7 @@ def edited(data: bytes, steps: list[tuple[str, float, Any]]) -> bytes:
             data = data[:at] + bytes([data[at] ^ 1 << value]) + data[at + 1 :]
         elif action == "set":
             data = data[:at] + bytes([value]) + data[at + 1 :]
-        elif action == "insert":  # the length is put right, so that the JSON is what is wrong
+        elif action == "insert":  # the length is corrected, so that the JSON is what is wrong
             length = int.from_bytes(data[:8], "little") + len(value)
             at = max(at, 8)
             data = (length % (1 << 64)).to_bytes(8, "little") + data[8:at] + value + data[at:]

@@ -31,7 +31,7 @@ metadata = st.dictionaries(names, st.text(st.characters(exclude_categories=["Cs"
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file that every example writes anew."""
+    """One file that every example writes again."""
     return tmp_path_factory.mktemp("header") / "x.safetensors"
 
 

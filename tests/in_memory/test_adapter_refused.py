@@ -1,4 +1,4 @@
-"""Training hooks of a method, adapters' names, and layers that would pass over an adapter."""
+"""Training hooks of a method, adapters' names, and layers that would bypass an adapter."""
 
 from __future__ import annotations
 

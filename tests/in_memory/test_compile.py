@@ -184,7 +184,7 @@ def test_other_batches_take_the_graphs_that_the_model_alone_takes(method: str, o
 
 @each_method()
 def test_equal_blocks_share_a_graph_and_steps_make_no_other(method: str, options: dict[str, Any]) -> None:
-    """More blocks than torch would compile anew (torch._dynamo.config.recompile_limit), each compiled by itself."""
+    """More blocks than torch would recompile (torch._dynamo.config.recompile_limit), each compiled by itself."""
     number = torch._dynamo.config.recompile_limit + 4
     model, x = blocks(number), torch.randn(3, 64, requires_grad=True)
     adapter = put(model, method, **options)
@@ -212,7 +212,7 @@ def test_equal_blocks_share_a_graph_and_steps_make_no_other(method: str, options
 
 @each_method()
 def test_an_eager_forward_between_makes_no_other_graph(method: str, options: dict[str, Any]) -> None:
-    """A method may keep in eager what a compiled forward computes anew (`Site.cached`)."""
+    """A method may keep in eager what a compiled forward computes again (`Site.cached`)."""
     model, x = blocks(1).eval(), torch.randn(3, 64)
     put(model, method, **options)
     compiled = Compiled(model)

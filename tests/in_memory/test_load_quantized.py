@@ -1,4 +1,4 @@
-"""tg.load_quantized: which layers are quantised, how, and what is refused."""
+"""tg.load_quantized: which layers are quantized, how, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_matched_layers_are_quantised_while_they_are_read(options: dict[str, Any], checkpoint: Path) -> None:
+def test_matched_layers_are_quantized_while_they_are_read(options: dict[str, Any], checkpoint: Path) -> None:
     assert len(list(checkpoint.glob("*.safetensors"))) > 1
     model = tg.load_quantized(checkpoint, ["*.{q,v}_proj", "down_proj"], layers="1", **options)
     found = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
@@ -54,7 +54,7 @@ def test_matched_layers_are_quantised_while_they_are_read(options: dict[str, Any
     assert model.dtype == torch.bfloat16
 
 
-def test_by_default_every_matrix_but_the_head_is_quantised_and_the_model_runs(checkpoint: Path) -> None:
+def test_by_default_every_matrix_but_the_head_is_quantized_and_the_model_runs(checkpoint: Path) -> None:
     model = tg.load_quantized(checkpoint, **EXACT)
     found = [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert len(found) == 14
@@ -80,13 +80,13 @@ def test_what_we_load_is_saved_and_loaded_by_plain_transformers(checkpoint: Path
     model = tg.load_quantized(checkpoint, ["q_proj", "down_proj"])
     model.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path).train()  # in eval, CPUs with AVX512-BF16 round once more
-    quantised = [[name for name, m in each.named_modules() if isinstance(m, bnb.nn.Linear4bit)] for each in (model, again)]
-    assert len(quantised[0]) == 4
-    assert quantised[0] == quantised[1]
+    quantized = [[name for name, m in each.named_modules() if isinstance(m, bnb.nn.Linear4bit)] for each in (model, again)]
+    assert len(quantized[0]) == 4
+    assert quantized[0] == quantized[1]
     assert logits(again).equal(logits(model))
 
 
-def test_adapters_know_the_checkpoint_that_a_quantised_model_came_from(checkpoint: Path, tmp_path: Path) -> None:
+def test_adapters_know_the_checkpoint_that_a_quantized_model_came_from(checkpoint: Path, tmp_path: Path) -> None:
     model = tg.load_quantized(checkpoint)
     adapter = tg.apply(model, "qlora", ["q_proj"], rank=2)
     perturb_(adapter.parameters())
@@ -151,7 +151,7 @@ NOT_LOADED: dict[str, tuple[Callable[[Path], Path], dict[str, Any], type[Excepti
     "no such directory": (lambda path: path / "nowhere", {}, tg.FileFormatError, "nowhere: no such"),
     "an empty directory": (lambda path: path, {}, tg.FileFormatError, "config.json"),
     "no transformers checkpoint": (tensors_alone, {}, tg.FileFormatError, "config.json"),
-    "quantised already": (lambda path: write(tg.load_quantized(llama(path / "base")), path / "4bit"), {}, tg.TorchgraftError, "quantiz"),
+    "quantized already": (lambda path: write(tg.load_quantized(llama(path / "base")), path / "4bit"), {}, tg.TorchgraftError, "quantiz"),
     "an unknown type": (llama, {"quant_type": "nf8"}, tg.ConfigError, "nf8"),
     "an unknown block size": (llama, {"block_size": 100}, tg.ConfigError, "100"),
     "an unknown compute type": (llama, {"compute_dtype": "bf16"}, tg.ConfigError, "bf16"),

@@ -24,7 +24,7 @@ NOT_YET = {
 
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora"])
 @pytest.mark.parametrize(("layer", "reason"), NOT_YET.values(), ids=NOT_YET)
-def test_a_layer_that_is_not_quantised_yet_is_refused(layer: Callable[[], nn.Module], reason: str, method: str) -> None:
+def test_a_layer_that_is_not_quantized_yet_is_refused(layer: Callable[[], nn.Module], reason: str, method: str) -> None:
     model = nn.Sequential(layer())
     with pytest.raises(tg.SelectionError, match=reason):
         tg.apply(model, method, ["0"])
@@ -32,7 +32,7 @@ def test_a_layer_that_is_not_quantised_yet_is_refused(layer: Callable[[], nn.Mod
 
 
 @pytest.mark.parametrize("layer", [four_bit, eight_bit])
-def test_a_quantised_layer_cannot_be_trained_whole(layer: Callable[[], nn.Module]) -> None:
+def test_a_quantized_layer_cannot_be_trained_whole(layer: Callable[[], nn.Module]) -> None:
     model = nn.Sequential(layer(), nn.Linear(64, 4))
     with pytest.raises(tg.TorchgraftError, match=r"^0: "):
         tg.apply(model, "lora", ["1"], rank=2, also_train=["0"])

@@ -28,7 +28,7 @@ from quantized_layers import (
 
 @pytest.mark.parametrize("how", [{}, {"bias": False}, {"quant_type": "fp4", "compress_statistics": False}], ids=["nf4", "no bias", "fp4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_dequantised_weight_at_hand_gives_what_the_layer_gives(dtype: str, how: dict[str, Any]) -> None:
+def test_a_dequantized_weight_already_loaded_gives_what_the_layer_gives(dtype: str, how: dict[str, Any]) -> None:
     """To the last bit: output, and the gradients of input and bias."""
     layer = four_bit(dtype=dtype, compute=dtype, **how).train()
     kind = tg.apply(nn.Sequential(layer), "lora", ["0"], rank=RANK).sites[0].kind
@@ -67,7 +67,7 @@ def test_dora_in_training_in_types_that_differ(stored: str, compute: str | None,
     assert error(x.grad, wide.grad) < (0.02 if narrow else 1e-5)
 
 
-def test_a_weight_is_dequantised_for_the_product_only_where_that_is_taken() -> None:
+def test_a_weight_is_dequantized_for_the_product_only_where_that_is_taken() -> None:
     layer = four_bit().train()
     model, adapter = adapted(layer, "dora")
     site, x = adapter.sites[0], inputs(layer)
@@ -83,7 +83,7 @@ def test_a_weight_is_dequantised_for_the_product_only_where_that_is_taken() -> N
     assert site.weight_for_product(x, forward) is None, "the norm is kept"
 
 
-def test_dora_dequantises_once_for_norm_and_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dora_dequantizes_once_for_norm_and_product(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = four_bit().train()
     model, adapter = adapted(layer, "dora")
     x, weight = inputs(layer).requires_grad_(), decoded(layer)
@@ -91,7 +91,7 @@ def test_dora_dequantises_once_for_norm_and_product(monkeypatch: pytest.MonkeyPa
     calls = []
     original = bnb.functional.dequantize_4bit
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", lambda *given, **named: calls.append(1) or original(*given, **named))
-    monkeypatch.setattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # it dequantises out of sight
+    monkeypatch.setattr(torch.ops.bitsandbytes, "gemm_4bit", None)  # it dequantizes out of sight
     y = model(x)
     assert len(calls) == 1
     y.sum().backward()

@@ -101,7 +101,7 @@ def test_training_goes_on_rightly_after_an_eval_forward(targets: list[str]) -> N
 @pytest.mark.parametrize("out", [64, 6])
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @torch.no_grad()
-def test_layers_that_we_quantise_are_never_repacked(double: bool, out: int) -> None:
+def test_layers_that_we_quantize_are_never_repacked(double: bool, out: int) -> None:
     model = nn.Sequential(nn.Linear(128, out)).eval()
     adapter = tg.apply(model, "qlora", ["0"], rank=2, double_quant=double, compute_dtype="float32")
     before, weight, x = stored(model[0]), decoded(model[0]), inputs(model[0])

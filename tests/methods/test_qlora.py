@@ -29,7 +29,7 @@ def plain(seed: int = 0) -> Plain:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_the_selected_layers_and_no_others_are_quantised_in_place(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_the_selected_layers_and_no_others_are_quantized_in_place(options: dict[str, Any], dtype: torch.dtype) -> None:
     model = plain().to(dtype)
     modules, types, parameters = dict(model.named_modules()), {m: type(m) for m in model.modules()}, dict(model.named_parameters())
     want = {name: by_hand(model.get_submodule(name).weight, **options) for name in SITES}
@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
 
 
 @pytest.mark.parametrize(("make", "targets", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_quantised_is_refused_and_every_layer_stays(make: Callable[[], nn.Module], targets: list[str], message: str) -> None:
+def test_what_cannot_be_quantized_is_refused_and_every_layer_stays(make: Callable[[], nn.Module], targets: list[str], message: str) -> None:
     model = make()
     types, parameters = [type(m) for m in model.modules()], dict(model.named_parameters())
     trained, attached = [p.requires_grad for p in parameters.values()], set(tg.adapters(model))
@@ -96,7 +96,7 @@ def test_an_unknown_type_is_refused(value: str) -> None:
         tg.apply(plain(), "qlora", SITES, quant_type=value)
 
 
-def test_layers_that_are_quantised_already_are_left_as_they_are() -> None:
+def test_layers_that_are_quantized_already_are_left_as_they_are() -> None:
     four = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="fp4", compress_statistics=False)
     model = nn.Sequential(four, bnb.nn.Linear8bitLt(32, 32, has_fp16_weights=False), nn.Linear(32, 8)).to("cpu")
     weights = [model[0].weight, model[1].weight]
@@ -111,7 +111,7 @@ def test_layers_that_are_quantised_already_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_forward_is_that_of_the_dequantised_weight_and_the_factors(dtype: torch.dtype, own: torch.dtype) -> None:
+def test_forward_is_that_of_the_dequantized_weight_and_the_factors(dtype: torch.dtype, own: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(48, 20)).to(dtype), torch.randn(5, 48).to(dtype)
     weight, bias = by_hand(model[0].weight)[-1].double(), model[0].bias.detach().double()
@@ -176,7 +176,7 @@ def saved(directory: Path, **options: Any) -> Tensor:
     return model(TOKENS)
 
 
-def quantised(seed: int = 0, **options: Any) -> nn.Module:
+def quantized(seed: int = 0, **options: Any) -> nn.Module:
     model = plain(seed)
     tg.apply(model, "qlora", SITES, rank=2, **EXACT, **options).detach()
     return model
@@ -185,14 +185,14 @@ def quantised(seed: int = 0, **options: Any) -> nn.Module:
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_a_saved_adapter_computes_the_same_on_16_bit_and_4_bit_bases(options: dict[str, Any], tmp_path: Path) -> None:
     want = saved(tmp_path, **options)
-    for base in (plain(), quantised(**options)):
+    for base in (plain(), quantized(**options)):
         loaded = tg.load(base, tmp_path)
         assert loaded.method == "qlora"
         assert all(same(contents(base.get_submodule(name)), by_hand(plain().get_submodule(name).weight, **options)) for name in SITES)
         assert base(TOKENS).equal(want)
 
 
-def test_the_record_says_how_the_weights_were_quantised(tmp_path: Path) -> None:
+def test_the_record_says_how_the_weights_were_quantized(tmp_path: Path) -> None:
     saved(tmp_path, quant_type="fp4", double_quant=False, block_size=128)
     record = json.loads((tmp_path / "torchgraft.json").read_text())
     assert record["method"]["name"] == "qlora"
@@ -203,7 +203,7 @@ def test_the_record_says_how_the_weights_were_quantised(tmp_path: Path) -> None:
         assert site["fingerprint"]
 
 
-@pytest.mark.parametrize("make", [plain, quantised], ids=["16 bit", "quantised by us"])
+@pytest.mark.parametrize("make", [plain, quantized], ids=["16 bit", "quantized by us"])
 def test_an_adapter_on_another_base_is_refused(make: Callable[..., nn.Module], tmp_path: Path) -> None:
     saved(tmp_path)
     other = make(seed=1)
@@ -216,7 +216,7 @@ def test_an_adapter_on_another_base_is_refused(make: Callable[..., nn.Module], t
 def test_weights_in_other_codes_are_told(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.warns(tg.TorchgraftWarning, match=r"attn\.q_proj and 1 more: it was trained on quantized weights.*fp4"):
-        tg.load(quantised(quant_type="fp4"), tmp_path)
+        tg.load(quantized(quant_type="fp4"), tmp_path)
 
 
 class FourBit(nn.Module):

@@ -32,7 +32,7 @@ def plain(dtype: torch.dtype) -> nn.ModuleDict:
 
 
 def trained(folder: Path, dtype: torch.dtype, method: str = "qlora", **options: Any) -> dict[str, Tensor]:
-    """An adapter on a model whose layers are quantised. Returns what each 4-bit layer computes with."""
+    """An adapter on a model whose layers are quantized. Returns what each 4-bit layer computes with."""
     model = plain(dtype)
     model["down_proj"] = quantized_linear(model["down_proj"], tg.Quantization(compute_dtype=options["compute_dtype"]))
     adapter = tg.apply(model, "qlora", list(QUANTIZED), **options)

@@ -1,4 +1,4 @@
-"""The optional hooks of a method, used by a stranger's plugin: scaling rows, which needs more than the bundled methods do together."""
+"""The optional hooks of a method, used by a third-party plugin: scaling rows, which needs more than the bundled methods do together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry: lazy loading, strangers that misbehave, names that clash, the allow-list."""
+"""The registry: lazy loading, third-party plugins that misbehave, names that clash, the allow-list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods as a stranger would write them: with the public names of torchgraft alone, and nothing of its source."""
+"""Methods as third parties would write them: they use only public names of torchgraft."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def apply_to_checkpoint(
     base: str,
     seed: int,
 ) -> None:
-    """Initialise an adapter as `chosen` and `configs` say, and write it to the new directory `output`."""
+    """Initialize an adapter as `chosen` and `configs` say, and write it to the new directory `output`."""
     modules = module_names(checkpoint)
     with new_directory(output) as directory:
         write(
