@@ -98,7 +98,7 @@ def _quantize_the_rest(model: PreTrainedModel, how: Quantization) -> None:
     """Quantize the layers that are not in the files, such as a new head, which transformers has initialized."""
     for module in model.modules():
         if getattr(module, "quant_state", module) is None:
-            set_weight(module, module.weight.data, how)  # type: ignore[arg-type]
+            set_weight(module, module.weight.data, how)
 
 
 def _class_of(root: Path) -> Any:
@@ -132,7 +132,7 @@ def _register() -> None:
     if NAME in AUTO_QUANTIZER_MAPPING:
         return
 
-    class Quantize(ConversionOps):
+    class Quantize(ConversionOps):  # type: ignore[misc]
         """Quantizes one tensor of the checkpoint into its layer."""
 
         def __init__(self, how: Quantization) -> None:
@@ -149,7 +149,7 @@ def _register() -> None:
             return result
 
     @register_quantizer(NAME)
-    class Quantizer(Bnb4BitHfQuantizer):
+    class Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """transformers' quantizer for bitsandbytes, with torchgraft's selection of layers and its quantization."""
 
         quantization_config: Any
@@ -191,7 +191,7 @@ def _present_as_bitsandbytes(model: PreTrainedModel, how: Quantization, quantize
     import transformers
 
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = transformers.BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+    config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=how.type,
         bnb_4bit_use_double_quant=how.double,
@@ -199,4 +199,4 @@ def _present_as_bitsandbytes(model: PreTrainedModel, how: Quantization, quantize
         llm_int8_skip_modules=sorted(set(linear) - set(quantized)),
     )
     model.config.quantization_config = config
-    model.hf_quantizer.quantization_config = config  # type: ignore[union-attr]
+    model.hf_quantizer.quantization_config = config

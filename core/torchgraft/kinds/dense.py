@@ -124,7 +124,7 @@ class Conv1D(Transposed, Linear):
 
         found: list[tuple[nn.Module, Tensor]] = []
         for out, width in ((20, 12), (16, 16)):
-            layer = Layer(out, width)  # type: ignore[no-untyped-call]
+            layer = Layer(out, width)
             torch.nn.init.normal_(layer.weight, std=0.2)
             torch.nn.init.normal_(layer.bias)  # not zero, so that a bias that is forgotten shows
             found.append((layer, torch.randn(5, width)))

@@ -72,7 +72,7 @@ def _on_meta(config: Mapping[str, Any]) -> nn.Module:
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             model: nn.Module = cls(known)
         else:
-            model = transformers.AutoModel.from_config(known)  # type: ignore[no-untyped-call]
+            model = transformers.AutoModel.from_config(known)
     return model
 
 
