@@ -1,4 +1,4 @@
-"""What a plugin provides and what a method can do, as `adapt plugins` says it."""
+"""Describe what a plugin provides and what a method can do, for `adapt plugins`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PROVIDED = {"adapter_method": "a method", "layer_kind": "a kind of layer", "regi
 
 
 def listed(info: PluginInfo) -> dict[str, Any]:
-    """One entry of `adapt plugins list --json`."""
+    """Return one entry of `adapt plugins list --json`."""
     return {**_origin(info), "error": info.error or None, "provides": [] if info.error else list(registry().provides(info.name))}
 
 
-def said_of(info: PluginInfo) -> str:
-    """What the plugin does, or why it cannot be used and what can be done about it."""
+def summary_of(info: PluginInfo) -> str:
+    """Return what the plugin does, or why it cannot be used and what to do about it."""
     if info.error:
         return plain(f"cannot be used: {info.error}; {info.way_out}")
     provides = registry().provides(info.name)
@@ -27,7 +27,7 @@ def said_of(info: PluginInfo) -> str:
 
 
 def described(info: PluginInfo) -> dict[str, Any]:
-    """What `adapt plugins show --json` prints."""
+    """Return the document of `adapt plugins show --json`."""
     provides = registry().provides(info.name)
     document = {**_origin(info), "provides": list(provides), "kind": _kind(info)}
     if "adapter_method" not in provides:
@@ -44,7 +44,7 @@ def described(info: PluginInfo) -> dict[str, Any]:
 
 
 def in_facts(document: Mapping[str, Any]) -> dict[str, str]:
-    """The same for a reader, without the options."""
+    """Return the document as (name, text) facts for people, without the options."""
     origin = "{distribution} {version} ({entry_point})".format(**document)
     if "capabilities" not in document:
         return {document["name"]: _in_words(document["provides"], document["kind"]), "from": origin}
@@ -71,13 +71,13 @@ def _origin(info: PluginInfo) -> dict[str, str]:
 
 
 def _kind(info: PluginInfo) -> str | None:
-    """The name of the kind of layer that the plugin brings."""
+    """Return the name of the kind of layer that the plugin adds."""
     kind = registry().kind_of_plugin(info.name)
     return kind.name if kind is not None else None
 
 
 def _in_words(provides: Sequence[str], kind: str | None) -> str:
-    """What the hooks of a plugin come to."""
+    """Return in words what the hooks of a plugin provide."""
     found = [f"{words}, {kind}" if hook == "layer_kind" else words for hook, words in PROVIDED.items() if hook in provides]
     watched = [hook for hook in provides if hook.startswith("adapter_")]
     if watched and "adapter_method" not in provides:
@@ -86,7 +86,7 @@ def _in_words(provides: Sequence[str], kind: str | None) -> str:
 
 
 def _capabilities(hooks: MethodHooks) -> dict[str, bool]:
-    """What the method declares, or shows by its hooks."""
+    """Return what the method declares, or what its hooks show."""
     method = hooks.method
     return {
         "additive": method.additive,

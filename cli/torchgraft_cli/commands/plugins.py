@@ -22,7 +22,7 @@ def plugins() -> None:
 def list_(as_json: bool) -> None:
     """List the plugins, where each comes from, and what is wrong with those that cannot be used."""
     from torchgraft.plugin.registry import registry
-    from torchgraft_cli.plugin_facts import listed, said_of
+    from torchgraft_cli.plugin_facts import listed, summary_of
 
     found = registry().plugins()
     if as_json:
@@ -30,7 +30,7 @@ def list_(as_json: bool) -> None:
         return
     from torchgraft_cli.render import console, plain_table
 
-    rows = [(info.name, f"{info.distribution} {info.version}", said_of(info)) for info in found]
+    rows = [(info.name, f"{info.distribution} {info.version}", summary_of(info)) for info in found]
     console().print(plain_table(("plugin", "from", "what it does, or why it cannot be used"), rows))
 
 

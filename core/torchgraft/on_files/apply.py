@@ -1,4 +1,4 @@
-"""Making a new adapter for a checkpoint, without building the model."""
+"""Create a new adapter for a checkpoint, without building the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def apply_to_checkpoint(
     base: str,
     seed: int,
 ) -> None:
-    """Initialize an adapter as `chosen` and `configs` say, and write it to the new directory `output`."""
+    """Initialize an adapter for the sites in `chosen`, with the options in `configs`, and write it to the new directory `output`."""
     modules = module_names(checkpoint)
     with new_directory(output) as directory:
         write(

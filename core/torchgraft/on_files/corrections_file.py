@@ -1,7 +1,7 @@
-"""The corrections of a merge in one safetensors file, written as they come and read tensor by tensor.
+"""The corrections of a merge in one safetensors file, written in any order and read tensor by tensor.
 
 NAME#blocks            int64 (blocks, 4): for each block of canonical rows, its last row + 1 and the lengths of its three parts
-NAME#gap, #step, #wide the parts of all blocks' corrections, one after the other (see `exact`)
+NAME#gap, #step, #wide the parts of all blocks' corrections, concatenated (see `exact.Correction`)
 NAME#needed.N.KEY      what the method of the Nth adapter on this tensor asked for, by its hook adapter_undo
 """
 
@@ -25,11 +25,11 @@ from torchgraft.hashes import as_bytes
 from torchgraft.rewriting.file_tensors import FileTensor, copy_bytes
 
 FilePlace = tuple[str, tuple[int, ...], int]
-"""Dtype, shape and first byte of a tensor."""
+"""(dtype, shape, first byte) of a tensor."""
 
 
 class Corrections:
-    """Those of one tensor's blocks while they are made. Few large pieces of memory: many small ones would scatter it."""
+    """Collects the corrections of one tensor, block by block, in a few large buffers, because many small ones would fragment memory."""
 
     def __init__(self) -> None:
         self.blocks: list[list[int]] = []
@@ -47,15 +47,15 @@ class Corrections:
 
 @dataclass(frozen=True)
 class TensorUndo:
-    """How one tensor is restored."""
+    """What restores one tensor: the corrections of its blocks, and the tensors that the methods stored."""
 
     blocks: Sequence[tuple[slice, Correction]]
     needed: Sequence[dict[str, Tensor]]
-    """For each adapter on it."""
+    """For each adapter on it, the tensors of `adapter_undo`."""
 
 
 class UndoWriter(ExitStack):
-    """Tensors are added by any thread, in any order; `finish` puts them in the order of their names, and the header before them."""
+    """Writes corrections, which any thread adds in any order. `finish` sorts them by name and writes the header in front."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -95,7 +95,8 @@ class UndoWriter(ExitStack):
 
 
 class UndoReader:
-    """
+    """Reads the corrections of one tensor at a time.
+
     Raises:
         FileFormatError: the file is missing or broken.
     """

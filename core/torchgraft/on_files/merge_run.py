@@ -28,9 +28,10 @@ from torchgraft.rewriting.workers import Workers, opened, start_files
 
 
 class MergeRun:
-    """
+    """Executes the plan of a merge.
+
     Args:
-        digests: of the base's tensors, as far as they are known already.
+        digests: hashes of the base's tensors that are known already; the others are computed on the way.
 
     Raises:
         PairingError: an adapter has NaN or infinite entries.
@@ -46,7 +47,7 @@ class MergeRun:
                     check_no_bias(paired.site.name, self._applied(number, paired), paired.site.out_features)
 
     def write(self, directory: Path, corrections: Path | None, progress: Progress) -> dict[str, str]:
-        """Write every weight file to `directory`, and what undoes it to `corrections`. Returns the digests of the base's tensors."""
+        """Write every weight file to `directory` and the corrections to `corrections`; return the hashes of the base's tensors."""
         start_files(self.plan.layout, directory)
         workers = Workers(self.plan.layout.nbytes, progress)
         with nullcontext() if corrections is None else UndoWriter(corrections) as undo:
@@ -61,7 +62,7 @@ class MergeRun:
         return digests
 
     def tensor_merge(self, placed: Placed, source: FileTensor) -> TensorMerge | BiasMerge:
-        """The arithmetic of one tensor that is not only copied."""
+        """Return the computation of one tensor that is not merely copied."""
         change, written = self.plan.changes.get(placed.name, Change()), dtypes.torch_dtype(placed.dtype)
         applied = [self._applied(number, paired) for number, paired in change.sites]
         if change.is_bias:
@@ -75,7 +76,7 @@ class MergeRun:
         return Applied(one.hooks, paired.config, self._tensors[number].params(paired), one.factor)
 
     def _write(self, directory: Path, file: OutputFile, placed: Placed, workers: Workers, undo: UndoWriter | None) -> str:
-        """Returns the digest of the base's tensor."""
+        """Write one tensor, and return the hash of the base's tensor."""
         with opened(self.plan.checkpoint, directory, file, placed) as (source, target):
             digest = self._digests.get(placed.source, "")
             if self.plan.is_copied(placed):
@@ -89,7 +90,7 @@ class MergeRun:
     def _rewrite(
         self, source: FileTensor, target: FileTensor, placed: Placed, digest: str, workers: Workers, undo: UndoWriter | None
     ) -> str:
-        """Returns the digest, if it is known now."""
+        """Compute one tensor block by block; return the hash of the base's tensor if it is known by then."""
         merge = self.tensor_merge(placed, source)
         blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
         sha = hashlib.sha256() if isinstance(blocks, FileBlocks) and not digest else None
@@ -111,7 +112,7 @@ class MergeRun:
 
 
 def jobs(plan: MergePlan) -> list[tuple[OutputFile, Placed]]:
-    """Every tensor of the output, with its file."""
+    """Return every tensor of the output with its file."""
     return [(file, placed) for file in plan.layout.files for placed in file.tensors]
 
 

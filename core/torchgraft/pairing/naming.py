@@ -23,7 +23,7 @@ class Naming:
 
     @cached_property
     def modules(self) -> dict[str, str]:
-        """The same mapping for modules. If a module's tensors map to different modules, the one that owns `.weight` wins."""
+        """The names of modules → the base's own. If a module's tensors map to different modules, the one that owns `.weight` wins."""
         names: dict[str, str] = {}
         for name, own in self.tensors.items():
             if own.endswith(".weight") or parent_of(own) not in names:
