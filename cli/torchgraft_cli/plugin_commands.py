@@ -66,7 +66,7 @@ def _left_out(info: PluginInfo, reason: str) -> None:
 
 
 def _attributed(command: click.Command, info: PluginInfo) -> click.Command:
-    """The command; what it raises by mistake says whose it is."""
+    """Wrap the command so that an unexpected error names its plugin."""
     command.invoke = partial(_invoke, command.invoke, info)  # type: ignore[method-assign]
     return command
 

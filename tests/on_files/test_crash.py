@@ -140,6 +140,7 @@ def test_a_kill_leaves_the_output_absent_or_whole(case: Path, command: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("command", ["merge", "unmerge"])
 def test_sixty_kills_leave_the_output_absent_or_whole(tmp_path: Path, command: str) -> None:
     write_case(tmp_path / "case", 12)

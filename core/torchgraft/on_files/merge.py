@@ -1,7 +1,7 @@
 """Merging adapters into a checkpoint: files in, files out, a few rows in memory at a time, no model.
 
 Unless asked otherwise, the output keeps the files, names and headers of the base; only the bytes of the merged tensors
-differ. Beside them lie `torchgraft_merge.json`, which says what was merged, and `torchgraft_undo/`, which holds what
+differ. Beside them are `torchgraft_merge.json`, which records the merge, and `torchgraft_undo/`, which contains what
 unmerge needs.
 """
 
