@@ -17,7 +17,7 @@ from torchgraft_cli.output import echo_json, plain
 @kind_option
 @json_option
 def check(model: str, adapter: Path, kinds: tuple[str, ...], as_json: bool) -> None:
-    """Compare ADAPTER with MODEL from headers alone, and list every problem. The exit code is 0 if it fits, else 2.
+    """Compare ADAPTER with MODEL, and list every problem. The exit code is 0 if it fits, else 2.
 
     If the two name the same layers differently, the mapping of names is shown.
     """

@@ -34,8 +34,6 @@ def unmerge_checkpoint(
 ) -> UnmergeReport:
     """Restore the base of `merged` in the new directory `output`. Every tensor and file has its recorded hash, or nothing is written.
 
-    While it runs, torch uses one thread and the interpreter switches threads less often, in the whole process; both are restored.
-
     While it runs, torch computes with one thread and Python's thread switch interval is 0.1 ms, in the whole process; both are
     restored. glibc's mmap threshold stays at its maximum afterwards.
 
