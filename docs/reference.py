@@ -174,7 +174,7 @@ def signature(function: Callable[..., Any]) -> str:
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
-    parts = []
+    parts: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name == "self":
             continue

@@ -101,7 +101,7 @@ def dense(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> 
 
 
 def padded(module: nn.Module, x: Tensor) -> Tensor:
-    widths = []
+    widths: list[int] = []
     for axis in reversed(range(x.dim() - 2)):
         total = 0 if module.padding == "valid" else module.dilation[axis] * (module.kernel_size[axis] - 1)
         by_name = isinstance(module.padding, str)

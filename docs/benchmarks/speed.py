@@ -130,7 +130,7 @@ def starting(repetitions: int) -> Part:
     """Time commands on a sparse checkpoint of 1.1B parameters, of which only headers and samples are read."""
     with tempfile.TemporaryDirectory(prefix="speed-bench-") as scratch:
         model = Path(scratch)
-        index = {}
+        index: dict[str, str] = {}
         for number, group in enumerate(shards(dict(tensors(SIZES["1.1B"]))), 1):
             file = f"model-{number:05}-of-{SHARDS:05}.safetensors"
             write_sparse(model / file, group)

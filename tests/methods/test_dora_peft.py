@@ -90,7 +90,7 @@ def test_we_compute_peft_s_adapter(family: str, options: dict[str, Any], tmp_pat
     assert adapter.method == "dora"
     torch.testing.assert_close(run(model, family), theirs, **CLOSE)
     assert adapter.count().trainable == sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    assert pair(read_adapter(tmp_path), base_of_module(build(family))).problems == []
+    assert pair(read_adapter(tmp_path), base_of_module(build(family))).problems == ()
 
 
 @pytest.mark.parametrize("layer", (CONVOLUTIONS | GROUPED).values(), ids=CONVOLUTIONS | GROUPED)
@@ -160,9 +160,9 @@ def test_a_missing_or_strange_tensor_is_refused_by_name(record: bool, tmp_path: 
         tg.apply(build("llama"), "dora", ["q_proj"]).save(directory)
         if not record:
             (directory / "torchgraft.json").unlink()
-        assert pair(read_adapter(directory), base_of_module(build("llama"))).problems == []
+        assert pair(read_adapter(directory), base_of_module(build("llama"))).problems == ()
         edit_tensors(directory, change)
-        assert pair(read_adapter(directory), base_of_module(build("llama"))).problems == [says]
+        assert pair(read_adapter(directory), base_of_module(build("llama"))).problems == (says,)
         model = build("llama")
         with pytest.raises(tg.PairingError):
             tg.load(model, directory)

@@ -330,7 +330,12 @@ def change_a_byte(directory: Path) -> None:
 
 
 def leave_only(*names: str) -> Callable[[Path], None]:
-    return lambda directory: [path.unlink() for path in directory.iterdir() if path.name not in names] and None
+    def change(directory: Path) -> None:
+        for path in directory.iterdir():
+            if path.name not in names:
+                path.unlink()
+
+    return change
 
 
 FILES = {

@@ -13,7 +13,7 @@ from torchgraft.pairing.naming import Naming, own_names
 from torchgraft.pairing.native import pair_native
 from torchgraft.pairing.pairing import Pairing
 from torchgraft.pairing.peft import pair_peft
-from torchgraft.pairing.tensor_checks import check_tensors, check_weights
+from torchgraft.pairing.tensor_checks import weight_problems, with_tensors
 
 
 def pair(files: AdapterFiles, base: Base) -> Pairing:
@@ -29,8 +29,7 @@ def pair(files: AdapterFiles, base: Base) -> Pairing:
     pairing = _match(files, base)
     if pairing.problems and pairing.unused:
         pairing = _match_renamed(files, base, pairing)
-    check_weights(pairing, base)
-    return pairing
+    return pairing.with_problems(weight_problems(pairing, base))
 
 
 def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairing:
@@ -43,9 +42,7 @@ def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairin
 
 def _match(files: AdapterFiles, base: Base) -> Pairing:
     """Match by names, kinds and shapes."""
-    pairing = pair_native(files, base) if files.record else pair_peft(files, base)
-    check_tensors(pairing, base)
-    return pairing
+    return with_tensors(pair_native(files, base) if files.record else pair_peft(files, base), base)
 
 
 def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
@@ -61,8 +58,7 @@ def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
     try:
         namings = base.namings()
     except PairingError as error:
-        best.problems[0] += f" ({error})"
-        return best
+        return replace(best, problems=(f"{best.problems[0]} ({error})", *best.problems[1:]))
     for naming in namings:
         plain = _match_as(files, base, naming)
         best = _best([best, plain, *(_with_a_prefix(files, base, naming, names) if plain.problems else ())])
@@ -91,18 +87,20 @@ def _match_as(files: AdapterFiles, base: Base, naming: Naming) -> Pairing:
 
 
 def _in_base_names(pairing: Pairing, naming: Naming, is_module: bool) -> Pairing:
-    """Translate a pairing from the names of `naming` to the base's own names."""
-    for index, paired in enumerate(pairing.sites):
-        pairing.sites[index] = replace(paired, site=replace(paired.site, name=naming.modules[paired.site.name]))
+    """Return a pairing under the names of `naming` with the base's own names."""
+    sites = tuple(replace(paired, site=replace(paired.site, name=naming.modules[paired.site.name])) for paired in pairing.sites)
     modules = {name: naming.module(name) for name in pairing.also_train}
-    for name, own in modules.items() if is_module else ():
-        if not own and any(is_inside(tensor, [name]) for tensor in naming.tensors):
-            pairing.problems.append(
-                f"{name}: the adapter contains the whole module, but its tensors have other names here, so it cannot be replaced"
-            )
-    pairing.also_train = tuple(own or name for name, own in modules.items())
-    pairing.trained = {naming.tensors[name]: saved for name, saved in pairing.trained.items()}
-    renamed = {paired.own_name: paired.site.name for paired in pairing.sites} | {name: own for name, own in modules.items() if own}
-    pairing.renamed = {name: own for name, own in renamed.items() if name != own}
-    pairing.modules = naming.modules
-    return pairing
+    renamed = {paired.own_name: paired.site.name for paired in sites} | {name: own for name, own in modules.items() if own}
+    scattered = [
+        f"{name}: the adapter contains the whole module, but its tensors have other names here, so it cannot be replaced"
+        for name, own in modules.items()
+        if is_module and not own and any(is_inside(tensor, [name]) for tensor in naming.tensors)
+    ]
+    return replace(
+        pairing.with_problems(scattered),
+        sites=sites,
+        also_train=tuple(own or name for name, own in modules.items()),
+        trained={naming.tensors[name]: saved for name, saved in pairing.trained.items()},
+        renamed={name: own for name, own in renamed.items() if name != own},
+        modules=naming.modules,
+    )

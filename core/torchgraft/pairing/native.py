@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torchgraft.layers.plan import site_of
 from torchgraft.method.config import parse_config
 from torchgraft.method.method import Method
 from torchgraft.pairing.base import Base
-from torchgraft.pairing.pairing import PairedSite, Pairing
+from torchgraft.pairing.pairing import PairedSite, Pairing, paired_site
 from torchgraft.plugin.registry import registry
 
 SHOWN = 3
@@ -26,20 +27,23 @@ def pair_native(files: AdapterFiles, base: Base) -> Pairing:
     assert record is not None
     method = _method_of(files.directory, record.method)
     config = parse_config(method.name, method.config, record.config)
-    pairing = Pairing(files, method, config, also_train=tuple(record.also_train))
-    twice = [name for name, count in Counter(entry.name for entry in record.sites).items() if count > 1]
-    pairing.problems += [f"{name}: the adapter's record lists it twice" for name in twice]
+    merges_bias = registry().hooks(method.name).merges_bias
+    sites = list[PairedSite]()
+    problems = [f"{name}: the adapter's record lists it twice" for name in _repeated(entry.name for entry in record.sites)]
     for entry in record.sites:
         layer, problem = _find_layer(entry, base)
         if layer is None:
-            pairing.problems.append(problem or no_layer(entry.name, pairing, base))
+            problems.append(problem or no_layer(entry.name, base, len(problems)))
             continue
-        if entry.bias not in (None, layer.has_bias) and registry().hooks(method.name).merges_bias:
+        if merges_bias and entry.bias not in (None, layer.has_bias):
             with_, without = ("the base", "the adapter's") if layer.has_bias else ("the adapter's", "the base")
-            pairing.problems.append(f"{entry.name}: {with_} layer has a bias and {without} has none, which {method.name} changes, too")
-        own = config.with_(method.name, entry.config)
-        pairing.sites.append(PairedSite(site_of(layer), own, entry.name))
-    return pairing
+            problems.append(f"{entry.name}: {with_} layer has a bias and {without} has none, which {method.name} changes, too")
+        sites.append(paired_site(files, method, site_of(layer), config.with_(method.name, entry.config), entry.name))
+    return Pairing(files, method, config, tuple(sites), also_train=tuple(record.also_train), problems=tuple(problems))
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _method_of(directory: Path, recorded: MethodRecord) -> Method:
@@ -74,6 +78,6 @@ def _find_layer(entry: SiteRecord, base: Base) -> tuple[Layer | None, str]:
     return replace(layer, groups=entry.groups), ""
 
 
-def no_layer(name: str, pairing: Pairing, base: Base) -> str:
-    """Return the message for a missing layer; only the first few suggest near names, because the search is slow for hundreds."""
-    return f"{name}: the base has no such layer{near(name, base.layers) if len(pairing.problems) < SHOWN else ''}"
+def no_layer(name: str, base: Base, earlier: int) -> str:
+    """Return the message for a missing layer, with near names unless many problems came before: the search is slow for hundreds."""
+    return f"{name}: the base has no such layer{near(name, base.layers) if earlier < SHOWN else ''}"

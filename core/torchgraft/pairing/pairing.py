@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.errors import PairingError
+from torchgraft.kinds.kind import Shape
 from torchgraft.method.config import Config
 from torchgraft.method.method import Method
 from torchgraft.method.site import Site
@@ -24,25 +25,34 @@ class PairedSite:
     config: Config
     own_name: str
     """Name of the site in the adapter."""
-    tensors: dict[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, str]
     """The method's (or PEFT's) name of each tensor → its name in the file."""
+    shapes: Mapping[str, Shape]
+    """The method's (or PEFT's) name of each tensor → the shape that it must have."""
 
 
-@dataclass
+def paired_site(files: AdapterFiles, method: Method, site: Site, config: Config, own_name: str) -> PairedSite:
+    """Return the site with the tensors that its files must have: in PEFT's format if adapter_config.json is there, else in the method's."""
+    format_ = method.peft if files.peft else None
+    shapes = format_.shapes(site, config) if format_ else registry().hooks(method.name).shapes(site, config)
+    return PairedSite(site, config, own_name, {suffix: f"{files.prefix}{own_name}.{suffix}" for suffix in shapes}, shapes)
+
+
+@dataclass(frozen=True)
 class Pairing:
     """The sites and modules of an adapter in a base, and the problems that were found."""
 
     files: AdapterFiles
     method: Method
     config: Config
-    sites: list[PairedSite] = field(default_factory=list)
+    sites: tuple[PairedSite, ...] = ()
     also_train: tuple[str, ...] = ()
-    trained: dict[str, str] = field(default_factory=dict)
+    trained: Mapping[str, str] = field(default_factory=dict)
     """Tensor of the base that is replaced → name in the adapter's file."""
-    problems: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    problems: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     """Tensors in the adapter's file that match nothing in the base."""
-    renamed: dict[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     """Adapter's name of a site or a module → the base's name, where they differ."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """Adapter's name → base's name, for every module of the base."""
@@ -93,5 +103,9 @@ class Pairing:
         """
         if self.problems:
             more = f" (and {len(self.problems) - 1} more: 'adapt check' lists them)" if len(self.problems) > 1 else ""
-            raise PairingError(f"{self.files.directory} does not fit {base.label}: {self.problems[0]}{more}", tuple(self.problems))
+            raise PairingError(f"{self.files.directory} does not fit {base.label}: {self.problems[0]}{more}", self.problems)
         return self
+
+    def with_problems(self, found: Iterable[str]) -> Pairing:
+        """Return this pairing with more problems."""
+        return replace(self, problems=(*self.problems, *found))

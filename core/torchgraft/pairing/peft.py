@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 
 from torchgraft.adapter_files import peft_names
@@ -14,7 +14,7 @@ from torchgraft.layers.plan import site_of
 from torchgraft.method.config import Config, explained
 from torchgraft.method.method import Method
 from torchgraft.pairing.base import Base, layer_of
-from torchgraft.pairing.pairing import PairedSite, Pairing
+from torchgraft.pairing.pairing import PairedSite, Pairing, paired_site
 from torchgraft.plugin.registry import registry
 
 
@@ -23,46 +23,59 @@ def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
     method, config = _method_of_peft(files)
     assert method.peft is not None
     also_train = _saved_modules(files, base)
-    pairing, whole = Pairing(files, method, config, also_train=also_train), frozenset(also_train)
+    tensors = _tensors_of_layers(files, base, frozenset(also_train))
+    sites, problems = (
+        list[PairedSite](),
+        [
+            f"the tensor {key!r} does not start with {files.prefix!r}, as PEFT's names do"
+            for key in files.shapes
+            if not key.startswith(files.prefix)
+        ],
+    )
+    for name, keys in tensors.items():
+        try:
+            sites.append(_site_of_tensors(files, method, base.layers[name], keys, base.is_module))
+        except PairingError as error:
+            problems.append(str(error))
+    problems += [
+        f"{layer.name}: target_modules match this layer, but the adapter has no tensor for it"
+        for layer in dict.fromkeys(base.layers.values())
+        if layer.kind is not None and layer.name not in tensors and peft_names.is_target(files.peft, layer)
+    ]
+    return Pairing(files, method, config, tuple(sites), also_train=also_train, problems=tuple(problems))
+
+
+def _tensors_of_layers(files: AdapterFiles, base: Base, whole: Container[str]) -> dict[str, list[str]]:
+    """Map each layer of the base to the names of its tensors in the adapter's file, except for modules that the file has whole."""
     tensors: dict[str, list[str]] = defaultdict(list)
     for key in files.shapes:
         name = key.removeprefix(files.prefix)
-        if name == key:
-            pairing.problems.append(f"the tensor {key!r} does not start with {files.prefix!r}, as PEFT's names do")
-        elif not is_inside(name, whole) and (owner := layer_of(name, base.layers)):
+        if name != key and not is_inside(name, whole) and (owner := layer_of(name, base.layers)):
             tensors[owner].append(key)
-    for name, keys in tensors.items():
-        _pair_peft_site(pairing, files, base.layers[name], keys, base.is_module)
-    for layer in dict.fromkeys(base.layers.values()):
-        if layer.kind is not None and layer.name not in tensors and peft_names.is_target(files.peft, layer):
-            pairing.problems.append(f"{layer.name}: target_modules match this layer, but the adapter has no tensor for it")
-    return pairing
+    return tensors
 
 
-def _pair_peft_site(pairing: Pairing, files: AdapterFiles, layer: Layer, tensors: list[str], is_module: bool) -> None:
-    peft = dict(files.peft)
-    named = {name: files.shapes[name][1] for name in tensors}
+def _site_of_tensors(files: AdapterFiles, method: Method, layer: Layer, tensors: list[str], is_module: bool) -> PairedSite:
+    """Return the site of one layer, with the options that adapter_config.json gives it.
+
+    Raises:
+        PairingError: the layer cannot have an adapter, or the options do not fit it.
+    """
+    assert method.peft is not None
     if layer.kind is None:
-        pairing.problems.append(
-            f"{layer.name}: {layer.reason or f'is a {layer.role} layer of shape {list(layer.shape)}, which cannot have an adapter'}"
-        )
-        return
-    assert pairing.method.peft is not None
-    suffixes = {name.removeprefix(f"{files.prefix}{layer.name}."): shape for name, shape in named.items()}
-    groups = layer.groups if is_module else pairing.method.peft.groups(layer.shape, suffixes)
-    site = site_of(replace(layer, groups=groups))
+        reason = layer.reason or f"is a {layer.role} layer of shape {list(layer.shape)}, which cannot have an adapter"
+        raise PairingError(f"{layer.name}: {reason}")
+    suffixes = {name.removeprefix(f"{files.prefix}{layer.name}."): files.shapes[name][1] for name in tensors}
+    site = site_of(replace(layer, groups=layer.groups if is_module else method.peft.groups(layer.shape, suffixes)))
+    own = dict(files.peft)
     try:
-        peft["r"] = peft_names.pattern_value(peft.get("rank_pattern") or {}, layer.name, peft.get("r", 8))
-        peft["lora_alpha"] = peft_names.pattern_value(peft.get("alpha_pattern") or {}, layer.name, peft.get("lora_alpha", 8))
-        config = pairing.method.peft.from_config(peft, site)
+        own["r"] = peft_names.pattern_value(own.get("rank_pattern") or {}, layer.name, own.get("r", 8))
+        own["lora_alpha"] = peft_names.pattern_value(own.get("alpha_pattern") or {}, layer.name, own.get("lora_alpha", 8))
+        config = method.peft.from_config(own, site)
     except (TypeError, ValueError) as error:
-        pairing.problems.append(f"{layer.name}: adapter_config.json is not valid for it: {explained(error)}")
-        return
-    except PairingError as error:
-        pairing.problems.append(str(error))
-        return
+        raise PairingError(f"{layer.name}: adapter_config.json is not valid for it: {explained(error)}") from None
     assert config is not None
-    pairing.sites.append(PairedSite(site, config, site.name))
+    return paired_site(files, method, site, config, site.name)
 
 
 def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:

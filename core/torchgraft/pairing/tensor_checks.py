@@ -15,40 +15,45 @@ from torchgraft.layers.layer import is_inside, outer_names
 from torchgraft.pairing.base import Base, layer_of
 from torchgraft.pairing.native import SHOWN, no_layer
 from torchgraft.pairing.pairing import PairedSite, Pairing
-from torchgraft.plugin.registry import registry
 
 OTHER_BASE = "the base's weight is not the one that the adapter was made for: another model, or one that was merged into"
 
 
-def check_tensors(pairing: Pairing, base: Base) -> None:
-    """Check that every expected tensor is present with its shape, and that there are no others."""
-    files, used, prefix = pairing.files, set[str](), pairing.files.prefix
-    for index, paired in enumerate(pairing.sites):
-        expected = _expected(pairing, paired)
-        named = {suffix: f"{prefix}{paired.own_name}.{suffix}" for suffix in expected}
-        pairing.sites[index] = replace(paired, tensors=named)
-        used.update(named.values())
-        exempt = pairing.method.buffers if not files.peft else ()  # a method's own buffers may be indices or masks
-        problems = (
-            _problem(files, named[suffix], shape) or ("" if suffix in exempt else _type_problem(files, named[suffix]))
-            for suffix, shape in expected.items()
-        )
-        pairing.problems += [problem for problem in problems if problem]
-    absent = [name for name in files.recorded_sites if name not in base.layers]  # already reported
-    whole, saved = frozenset(pairing.also_train), frozenset(files.record.also_saved if files.record else ())
-    inside_of = _inside(base.tensors, whole)
+def with_tensors(pairing: Pairing, base: Base) -> Pairing:
+    """Return the pairing with its whole modules, the unused tensors, and a problem for each tensor that is missing, wrong or unexpected."""
+    files, prefix = pairing.files, pairing.files.prefix
+    inside = _inside(base.tensors, frozenset(pairing.also_train))
+    trained = {name: prefix + name for module in pairing.also_train for name in inside.get(module, ())}
+    problems = [*pairing.problems, *(problem for paired in pairing.sites for problem in _site_problems(pairing, paired))]
     for module in pairing.also_train:
-        inside = {name: base.tensors[name] for name in inside_of.get(module, ())}
-        if not inside:
-            absent.append(module)
-            pairing.problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter contains it")
-        pairing.trained.update({name: prefix + name for name in inside})
-        pairing.problems += [p for name, shape in inside.items() if (p := _problem(files, prefix + name, shape))]
-        used.update(prefix + name for name in inside)
-    used.update(name for name in files.shapes if is_inside(name.removeprefix(prefix), saved))
-    used.update(name for paired in pairing.sites if (name := _frozen_copy(files, paired)))
-    pairing.unused = [name for name in files.shapes if name not in used]
-    _add_left_over(pairing, [name for name in pairing.unused if not is_inside(name.removeprefix(prefix), absent)], base)
+        if module not in inside:
+            problems.append(f"{module}: the base has no such module{near(module, base.layers)}; the adapter contains it")
+        problems += [p for name in inside.get(module, ()) if (p := _problem(files, prefix + name, base.tensors[name]))]
+    used = _used(pairing) | set(trained.values())
+    unused = [name for name in files.shapes if name not in used]
+    reported = [name for name in files.recorded_sites if name not in base.layers]
+    reported += [module for module in pairing.also_train if module not in inside]
+    left_over = [name for name in unused if not is_inside(name.removeprefix(prefix), reported)]
+    problems += _left_over_problems(files, left_over, base, len(problems))
+    return replace(pairing, trained=trained, problems=tuple(problems), unused=tuple(unused))
+
+
+def _site_problems(pairing: Pairing, paired: PairedSite) -> list[str]:
+    files = pairing.files
+    exempt = pairing.method.buffers if not files.peft else ()  # a method's own buffers may be indices or masks
+    problems = (
+        _problem(files, paired.tensors[suffix], shape) or ("" if suffix in exempt else _type_problem(files, paired.tensors[suffix]))
+        for suffix, shape in paired.shapes.items()
+    )
+    return [problem for problem in problems if problem]
+
+
+def _used(pairing: Pairing) -> set[str]:
+    """Return the names of the tensors in the adapter's file that belong to its sites, or to modules of the model it was saved from."""
+    files = pairing.files
+    saved = frozenset(files.record.also_saved if files.record else ())
+    used = {name for paired in pairing.sites for name in (*paired.tensors.values(), _frozen_copy(files, paired)) if name}
+    return used | {name for name in files.shapes if is_inside(name.removeprefix(files.prefix), saved)}
 
 
 def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[str]]:
@@ -67,23 +72,20 @@ def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
     return name if files.peft and files.shapes.get(name, ("", ()))[1] == paired.site.shape else ""
 
 
-def check_weights(pairing: Pairing, base: Base) -> None:
-    """Check that the base's weights have the recorded fingerprints."""
-    for paired in pairing.sites:
-        site, entry = paired.site, pairing.files.recorded_sites.get(paired.own_name)
-        known = [(entry.dtype, entry.fingerprint)] if entry else []
-        if name := _frozen_copy(pairing.files, paired):
-            known.append((pairing.files.shapes[name][0], fingerprint.of_tensor(pairing.files.read(name))))
-        for dtype, print_ in known:
-            if print_ and fingerprint.comparable(site.dtype, dtype) and base.fingerprint(site.name) not in ("", print_):
-                pairing.problems.append(f"{site.name}: {OTHER_BASE}")
-                break
+def weight_problems(pairing: Pairing, base: Base) -> list[str]:
+    """Return a problem for each weight of the base that has not the recorded fingerprint."""
+    return [f"{paired.site.name}: {OTHER_BASE}" for paired in pairing.sites if _is_other_weight(pairing.files, paired, base)]
 
 
-def _expected(pairing: Pairing, paired: PairedSite) -> dict[str, Shape]:
-    if pairing.files.peft and pairing.method.peft is not None:
-        return pairing.method.peft.shapes(paired.site, paired.config)
-    return registry().hooks(pairing.method.name).shapes(paired.site, paired.config)
+def _is_other_weight(files: AdapterFiles, paired: PairedSite, base: Base) -> bool:
+    site, entry = paired.site, files.recorded_sites.get(paired.own_name)
+    known = [(entry.dtype, entry.fingerprint)] if entry else []
+    if name := _frozen_copy(files, paired):
+        known.append((files.shapes[name][0], fingerprint.of_tensor(files.read(name))))
+    return any(
+        recorded and fingerprint.comparable(site.dtype, dtype) and base.fingerprint(site.name) not in ("", recorded)
+        for dtype, recorded in known
+    )
 
 
 def _problem(files: AdapterFiles, name: str, expected: Shape) -> str:
@@ -102,16 +104,18 @@ def _type_problem(files: AdapterFiles, name: str) -> str:
     return "" if dtype in ADAPTABLE else f"the tensor {name!r} has the type {dtype}, expected one of {', '.join(sorted(ADAPTABLE))}"
 
 
-def _add_left_over(pairing: Pairing, names: list[str], base: Base) -> None:
+def _left_over_problems(files: AdapterFiles, names: list[str], base: Base, earlier: int) -> list[str]:
+    """Return one problem for each module that the tensors `names` would belong to; `earlier` problems were found before."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        bare = name.removeprefix(pairing.files.prefix)
+        bare = name.removeprefix(files.prefix)
         owner = layer_of(bare, base.layers)
-        module = owner or ".".join(bare.split(".")[:-2]) or bare
-        groups[module].append(name)
-    for module, found in groups.items():
+        groups[owner or ".".join(bare.split(".")[:-2]) or bare].append(name)
+    problems = []
+    for number, (module, found) in enumerate(groups.items(), earlier):
         shown = ", ".join(found[:SHOWN]) + ("…" if len(found) > SHOWN else "")
         if module in base.layers:
-            pairing.problems.append(f"{module}: unexpected adapter tensor {shown}")
+            problems.append(f"{module}: unexpected adapter tensor {shown}")
         else:
-            pairing.problems.append(f"{no_layer(module, pairing, base)} (adapter's tensor {shown})")
+            problems.append(f"{no_layer(module, base, number)} (adapter's tensor {shown})")
+    return problems
