@@ -48,6 +48,7 @@ lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini docs tests tools noxfile.py
 	$(BIN)/lint-imports
 
 wheel: .venv/dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -35,7 +36,8 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 
 def read(model: nn.Module, directory: Path) -> nn.Module:
     """Another model of the same class and dtype, from files; it must take all that is in them, and find all it needs there."""
-    again, info = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+    family: Any = type(model)
+    again, info = family.from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
     assert not any(info.values()), info
     return again.eval()
 

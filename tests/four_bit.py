@@ -32,7 +32,7 @@ def scales(state: Any) -> list[Tensor]:
 
 def contents(layer: nn.Module) -> list[Tensor]:
     """Return the codes, the scales and the dequantized weight of a 4-bit layer, in the order of `by_hand`."""
-    weight = layer.weight
+    weight: Any = layer.weight
     return [weight.data, *scales(weight.quant_state), bnb.functional.dequantize_4bit(weight.data, weight.quant_state)]
 
 

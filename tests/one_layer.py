@@ -100,7 +100,7 @@ def dense(module: nn.Module, weight: Tensor, bias: Tensor | None, x: Tensor) -> 
     return y if bias is None else y + bias
 
 
-def padded(module: nn.Module, x: Tensor) -> Tensor:
+def padded(module: Any, x: Tensor) -> Tensor:
     widths: list[int] = []
     for axis in reversed(range(x.dim() - 2)):
         total = 0 if module.padding == "valid" else module.dilation[axis] * (module.kernel_size[axis] - 1)

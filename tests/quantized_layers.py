@@ -87,7 +87,7 @@ def decoded(layer: nn.Module) -> Tensor:
 def scales_of(layer: nn.Module) -> list[Tensor]:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return [layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB]
-    state = layer.weight.quant_state
+    state: Any = layer.weight.quant_state
     return [state.absmax, *([state.offset, state.state2.absmax, state.state2.code] if state.nested else [])]
 
 

@@ -27,9 +27,10 @@ def test_a_module_whose_forward_nothing_calls_is_not_trained_whole() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "fc": nn.Linear(4, 4)})
     with pytest.raises(tg.AttachError, match="bypasses its forward"):
         tg.apply(model, "lora", "fc", rank=2, also_train=["out_proj"])
-    model.fc.forward = model.fc.forward
+    fc = nn.Linear(4, 4)
+    fc.forward = fc.forward
     with pytest.raises(tg.AttachError, match="replaced on the instance"):
-        tg.apply(nn.ModuleDict({"a": nn.Linear(4, 4), "fc": model.fc}), "lora", "a", rank=2, also_train=["fc"])
+        tg.apply(nn.ModuleDict({"a": nn.Linear(4, 4), "fc": fc}), "lora", "a", rank=2, also_train=["fc"])
 
 
 def test_a_module_with_two_names_is_trained_once() -> None:

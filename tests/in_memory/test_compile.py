@@ -257,7 +257,7 @@ def test_a_whole_llama_is_one_graph(method: str, options: dict[str, Any], backen
                     both = [run(through(one), tokens, adapter.parameters()) for one in (compiled, model)]
                 else:
                     both = [[through(one)(tokens)] for one in (compiled, model)]
-            assert_alike(*both, 1e-4)
+            assert_alike(both[0], both[1], 1e-4)
             optimizer.step()
         assert compiled.breaks == 0
         assert compiled.graphs == (1 if train else 2)

@@ -31,7 +31,7 @@ from quantized_layers import (
 def test_a_dequantized_weight_already_loaded_gives_what_the_layer_gives(dtype: str, how: dict[str, Any]) -> None:
     """To the last bit: output, and the gradients of input and bias."""
     layer = four_bit(dtype=dtype, compute=dtype, **how).train()
-    kind = tg.apply(nn.Sequential(layer), "lora", ["0"], rank=RANK).sites[0].kind
+    kind: Any = tg.apply(nn.Sequential(layer), "lora", ["0"], rank=RANK).sites[0].kind
     base = bnb.nn.Linear4bit.forward.__get__(layer)
     results = []
     for product in (base, lambda x: kind.product_with(layer, x, kind.weight_for_product(layer, x, base))):
@@ -51,7 +51,8 @@ def test_dora_in_training_in_types_that_differ(stored: str, compute: str | None,
     weight = decoded(layer)
     model, adapter = adapted(layer, "dora")
     x = inputs(layer, DTYPES[own]).requires_grad_()
-    kind, taken = adapter.sites[0].kind, []
+    kind: Any = adapter.sites[0].kind
+    taken: list[int] = []
     product = type(kind).product_with
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         patch.setattr(type(kind), "product_with", lambda *given, **named: taken.append(1) or product(*given, **named))

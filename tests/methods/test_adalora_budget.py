@@ -110,7 +110,8 @@ def test_a_run_keeps_the_triplets_that_the_paper_keeps(options: dict[str, Any]) 
     paper = Paper(config.beta1, config.beta2, least, masks)
     warmup = 20 if config.warmup_steps is None else config.warmup_steps
     final = 20 if config.final_steps is None else config.final_steps
-    end, parked, changes, back, losses = config.target_rank * len(ranks), {}, 0, 0, []
+    parked: dict[str, Tensor] = {}
+    end, changes, back, losses = config.target_rank * len(ranks), 0, 0, []
     for step in range(1, 201):
         loss = (model(TOKENS) - TOKENS[..., None] / 5).square().mean()
         (loss + adapter.penalty()).backward()

@@ -265,7 +265,7 @@ def test_under_autocast_the_output_is_the_same_to_bfloat16() -> None:
 def test_compiles_without_a_graph_break(backend: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     base, model, adapter = plain_model(**options)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled: Any = torch.compile(model, fullgraph=True, backend=backend)
     want = model(TOKENS)
     torch.testing.assert_close(compiled(TOKENS), want, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(base(TOKENS), want, atol=0.05)

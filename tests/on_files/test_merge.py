@@ -24,7 +24,7 @@ from references import tree
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftError
 from torchgraft.rewriting import file_tensors
 
-ADAPTED = {
+ADAPTED: dict[str, dict[str, tuple[int, ...]]] = {
     "llama": {
         "model.embed_tokens": (11, 6),
         "model.layers.0.self_attn.q_proj": (8, 8),

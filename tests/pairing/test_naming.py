@@ -47,7 +47,8 @@ def test_an_adapter_of_the_model_with_a_head_fits_the_bare_model(family: str, fo
     body = [f"{model.base_model_prefix}.*{target.lstrip('*')}" for target in TARGETS[family]]
     adapter = made(model, body, tmp_path / "adapter", form)
     tg.merge_checkpoint(tmp_path / "base", adapter, tmp_path / "merged")
-    merged = type(model).from_pretrained(tmp_path / "merged").eval()  # it makes a new head
+    family_class: Any = type(model)
+    merged = family_class.from_pretrained(tmp_path / "merged").eval()  # it makes a new head
     heads = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(f"{model.base_model_prefix}.")}
     merged.load_state_dict(heads, strict=False)
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -368,7 +368,7 @@ def test_a_buffer_of_integers_is_saved_loaded_and_merged(register: Callable[[obj
 
 def test_a_role_that_there_is_not_is_refused() -> None:
     with pytest.raises(tg.PluginError, match=r"m: roles=.*a role can be A, B, magnitude"):
-        tg.Method("m", tg.Config, "", "", roles={"g": "scale"})
+        tg.Method("m", tg.Config, "", "", roles={"g": cast(Any, "scale")})
 
 
 @pytest.mark.parametrize("params", [lambda parameters: iter(parameters), lambda parameters: parameters[0]], ids=["generator", "tensor"])
