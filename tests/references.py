@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import torchgraft as tg
@@ -22,6 +23,11 @@ def tree(folder: Path) -> dict[str, object]:
         path.relative_to(folder).as_posix(): path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
         for path in folder.rglob("*")
     }
+
+
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of all safetensors files in `folder`."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def bits(tensor: Tensor) -> Tensor:

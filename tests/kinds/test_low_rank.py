@@ -145,14 +145,14 @@ def test_checkpointing(method: str, reentrant: bool) -> None:
         assert torch.equal(got, want)
 
 
-class Kept:
-    """Counts the bytes that a forward keeps for backward; what lies in the same memory counts once."""
+class SavedForBackward:
+    """Counts the bytes that a forward saves for backward; tensors in the same memory count once."""
 
     def __init__(self) -> None:
         self.sizes: dict[int, int] = {}
         self._alive: list[Tensor] = []
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> SavedForBackward:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self._hooks.__enter__()
         return self
@@ -178,7 +178,7 @@ def test_what_is_kept_for_backward(method: str, bias: bool, dtype: torch.dtype) 
     adapter = tg.apply(model, method, "*", rank=RANK)
     perturb_(adapter.parameters())
     x = torch.randn(TOKENS, IN).to(dtype).requires_grad_()
-    with Kept() as kept:
+    with SavedForBackward() as kept:
         model(x)
     there = {tensor.untyped_storage().data_ptr() for tensor in (x, *model.state_dict(keep_vars=True).values())}
     more = sum(size for place, size in kept.sizes.items() if place not in there)

@@ -76,7 +76,7 @@ def test_a_weight_is_dequantized_for_the_product_only_where_that_is_taken() -> N
     assert torch.equal(site.weight_for_product(x, forward), site.stored_weight())
     assert site.weight_for_product(x.half(), forward) is None
     assert site.weight_for_product(x.transpose(0, 1), forward) is None
-    assert site.weight_for_product(x, lambda x: forward(x)) is None, "another adapter lies beneath"
+    assert site.weight_for_product(x, lambda x: forward(x)) is None, "another adapter is below"
     with torch.autocast("cpu", torch.bfloat16):
         assert site.weight_for_product(x, forward) is None
     assert adapted(eight_bit().train())[1].sites[0].weight_for_product(x, forward) is None

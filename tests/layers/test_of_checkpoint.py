@@ -119,7 +119,7 @@ def test_a_matrix_without_a_kind_has_a_reason_and_nothing_else_has(saved, family
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_a_kind_that_is_told_is_never_wrong(saved, family):
+def test_a_given_kind_is_never_wrong(saved, family):
     in_memory = layers_in_memory(family)
     kinds = {name: (layer.kind, in_memory[name].kind) for name, layer in layers_in(saved(family)).items() if name in in_memory}
     assert len(kinds) > 5

@@ -184,7 +184,7 @@ def on_small_disk(folder: Path, size: str, *arguments: str) -> tuple[int, str, l
 
 
 @pytest.mark.parametrize(("command", "size"), [("merge", "1m"), ("merge", "12m"), ("merge", "13m"), ("unmerge", "5m")])
-def test_a_disk_that_runs_full_is_told_and_left_empty(case: Path, command: str, size: str) -> None:
+def test_a_disk_that_runs_full_is_reported_and_left_empty(case: Path, command: str, size: str) -> None:
     """Full among the weights, at their end, or at what stands beside them."""
     sources = ["base", "adapter"] if command == "merge" else ["merged"]
     code, said, listing = on_small_disk(case, size, command, *(str(case / name) for name in sources), "-o", str(case / "disk" / "out"))

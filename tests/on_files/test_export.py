@@ -72,7 +72,7 @@ EXACT = {
     "adalora, energy": ("adalora", {}),
     "adalora, budget": ("adalora", BUDGET),
     "adalora, ranks of their own": ("adalora", {**BUDGET, "overrides": {"q_proj": {"rank": 6}, "v_proj": {"alpha": 9.0}}}),
-    "with a module trained whole": ("lora", {"also_train": ["lm_head"]}),
+    "with a fully trained module": ("lora", {"also_train": ["lm_head"]}),
 }
 
 

@@ -90,7 +90,7 @@ def factors_of(family: str, seed: int = 50, scale: float = 0.4) -> Factors:
 
 
 def write_adapter(folder: Path, family: str, factors: Factors) -> Path:
-    """An adapter as PEFT writes it, made by hand; the norm is trained whole."""
+    """An adapter as PEFT writes it, made by hand; the norm is fully trained."""
     folder.mkdir(parents=True)
     tensors = {f"base_model.model.{name}": tensor for name, tensor in TRAINED.items()}
     for name, (a, b) in factors.items():
@@ -205,7 +205,7 @@ def test_transformers_loads_the_merged_directory_as_the_adapted_model(tmp_path: 
 
 @pytest.fixture
 def case(tmp_path: Path) -> Merge:
-    """A base, an adapter for it, and a function that merges them: into `out` unless told otherwise."""
+    """A base, an adapter for it, and a function that merges them: into `out` by default."""
     base = write_base(tmp_path / "base", "llama", torch.bfloat16, shards=2)
     (base / "tokenizer.json").write_text("{}")
     write_adapter(tmp_path / "adapter", "llama", factors_of("llama"))

@@ -52,7 +52,7 @@ def test_both_loaded_in_order_are_the_same_again(merge_first: bool, tmp_path: Pa
     torch.testing.assert_close(model(X), want)
 
 
-def test_the_upper_one_alone_is_told(tmp_path: Path) -> None:
+def test_the_upper_one_alone_is_reported(tmp_path: Path) -> None:
     stack(tmp_path, merge_first=False)
     with pytest.warns(tg.TorchgraftWarning, match="0: it was trained over one, and depends on that"):
         tg.load(base(), tmp_path / "two")

@@ -212,7 +212,7 @@ def test_state_is_saved_and_comes_back(stranger: Stranger, tmp_path: Path) -> No
         tg.load(small(), tmp_path, name="third")
 
 
-def test_a_run_without_step_is_told(stranger: Stranger, tmp_path: Path) -> None:
+def test_a_run_without_step_is_reported(stranger: Stranger, tmp_path: Path) -> None:
     model = small()
     adapter = tg.apply(model, NAME, ["@all"])
     adapter.save(tmp_path / "untrained")

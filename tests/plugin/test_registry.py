@@ -70,7 +70,7 @@ def test_a_broken_plugin_is_reported_and_harms_no_other(case: str, installed: In
             ask(installed.registry())
 
 
-def test_of_two_strangers_with_one_name_neither_is_usable(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_distributions_with_one_name_neither_is_usable(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = [installed.add("twin", distribution=distribution) for distribution in ("first-tools", "second-tools")]
     installed.add("good", distribution="good-tools")
     registry = installed.registry()
@@ -87,16 +87,16 @@ def test_of_two_strangers_with_one_name_neither_is_usable(installed: Installed, 
         installed.registry()
 
 
-@pytest.mark.parametrize("stranger", ["aaa-first-by-name", "zzz-last-by-name"])
-def test_a_bundled_name_stays_with_its_owner(stranger: str, installed: Installed) -> None:
+@pytest.mark.parametrize("other", ["aaa-first-by-name", "zzz-last-by-name"])
+def test_a_bundled_name_stays_with_its_owner(other: str, installed: Installed) -> None:
     bundled = installed.add("own", distribution="torchgraft")
-    taker = installed.add("own", METHOD.replace("adds a vector", "takes a name"), distribution=stranger)
+    taker = installed.add("own", METHOD.replace("adds a vector", "takes a name"), distribution=other)
     registry = installed.registry()
     assert registry.method("own").summary.startswith("adds a vector")
     assert registry.info("own").entry_point == bundled
     (refused,) = [info for info in registry.plugins() if info.error]
-    assert (refused.distribution, refused.entry_point) == (stranger, taker)
-    assert f"from {stranger}" in refused.error
+    assert (refused.distribution, refused.entry_point) == (other, taker)
+    assert f"from {other}" in refused.error
     assert "from torchgraft" in refused.error
     assert taker not in sys.modules
 

@@ -245,7 +245,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "30 patterns": {"targets": PATTERNS},
     "overrides": {"overrides": EACH},
-    "modules trained whole": {"targets": "@attention", "also_train": ["mlp"]},
+    "fully trained modules": {"targets": "@attention", "also_train": ["mlp"]},
 }
 
 
