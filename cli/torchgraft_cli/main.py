@@ -100,7 +100,7 @@ def run() -> None:
 
 
 def _prepare_process() -> None:
-    """Print ? where a terminal cannot show ×, end silently when a reader such as `head` closes the pipe, and handle signals."""
+    """Set up the process: ? for characters that the terminal lacks, a silent end if a pipe's reader is gone, signals that clean up."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -50,7 +50,7 @@ def plugin_commands(taken: Collection[str]) -> dict[str, click.Command]:
 
 
 def _any_third_party() -> bool:
-    """Whether a plugin beside the bundled ones can be there. The registry takes a tenth of a second to load, and `adapt --help` is none."""
+    """Return whether third-party plugins may be installed: if not, `adapt --help` need not load the registry, which takes 0.1 s."""
     if "torchgraft.plugin.registry" in sys.modules:
         return True
     return any(point.dist is None or point.dist.name != "torchgraft" for point in entry_points(group="torchgraft"))

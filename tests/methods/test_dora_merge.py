@@ -90,7 +90,7 @@ def test_adapters_on_one_layer_compose_in_the_order_of_attachment(layer: str, me
                 torch.testing.assert_close(model(x).double(), want, rtol=near, atol=near * float(want.abs().max()))
 
     assert_is(*stack)
-    for off in stack:  # what lies above it now stands on another weight
+    for off in stack:  # the later ones now depend on another weight
         with off.disabled():
             assert_is(*(adapter for adapter in stack if adapter is not off))
     assert_is(*stack)

@@ -157,7 +157,7 @@ def test_merged_tensors_are_the_reference_and_all_else_is_unchanged(tmp_path: Pa
 
 
 def test_single_file_is_merged_and_given_back(tmp_path: Path) -> None:
-    """The directory's config.json tells the kinds; it is not beside the merged file, and unmerge must not need it."""
+    """The directory's config.json has the kinds; it is not beside the merged file, and unmerge must not need it."""
     base, factors = write_base(tmp_path / "base", "gpt2", torch.bfloat16), factors_of("gpt2")
     file = (base / "model.safetensors").rename(base / "gpt.safetensors")
     tg.merge_checkpoint(file, write_adapter(tmp_path / "adapter", "gpt2", factors), tmp_path / "out")

@@ -180,7 +180,7 @@ def test_a_dtype_that_cannot_hold_a_value_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("shards", "size", "files"), [(1, 400, 5), (3, 400, 5), (3, 10**6, 1), (2, 1, 9)])
-def test_files_are_cut_anew_and_given_back_as_they_were(tmp_path: Path, shards: int, size: int, files: int) -> None:
+def test_files_are_cut_again_and_restored_as_they_were(tmp_path: Path, shards: int, size: int, files: int) -> None:
     base, adapter = write_model(tmp_path / "base", Small(), shards=shards), make_adapter(tmp_path / "a")
     plain = tg.merge_checkpoint(base, adapter, tmp_path / "plain")
     report = tg.merge_checkpoint(base, adapter, tmp_path / "out", max_shard_size=size)

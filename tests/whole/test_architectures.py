@@ -153,7 +153,7 @@ TIED = {"llama tied": "model.embed_tokens", "gpt2": "transformer.wte"}
 
 @pytest.mark.parametrize(("family", "said"), [("llama tied", True), ("gpt2", True), ("gpt2", None)])
 @pytest.mark.parametrize("ends", ["embedding", "head", "both", "trained embedding", "trained head"])
-def test_a_tied_weight_is_parted_when_one_of_its_layers_is_merged_into(
+def test_a_tied_weight_is_untied_when_one_of_its_layers_is_merged_into(
     family: str, ends: str, said: bool | None, saved: Callable[..., Path], tmp_path: Path
 ) -> None:
     directory = tmp_path / "base"

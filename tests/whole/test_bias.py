@@ -104,7 +104,7 @@ def test_a_quantized_layer_is_merged_with_its_bias_and_gets_both_back() -> None:
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_dora_above_takes_the_changed_bias_out(merged: bool) -> None:
-    """h = W'x + l·b, with W' made of diag(l)·W: what lies beneath changes both."""
+    """h = W'x + l·b, with W' made of diag(l)·W: the earlier adapter changes both."""
     torch.manual_seed(0)
     model, x = _model(nn.Linear(6, 10), torch.float64), torch.randn(3, 6, dtype=torch.float64)
     beneath = tg.apply(model, "ia3", targets=["0"], name="beneath")

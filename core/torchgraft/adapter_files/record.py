@@ -33,7 +33,7 @@ class MethodRecord(Entry):
 
 
 class TensorsRecord(Entry):
-    """The file that holds the adapter's tensors, and its hash."""
+    """Name and SHA-256 of the file that holds the adapter's tensors."""
 
     file: Literal["adapter_model.safetensors", "torchgraft.safetensors"]
     sha256: str

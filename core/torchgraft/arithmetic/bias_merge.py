@@ -26,7 +26,7 @@ class BiasMerge:
         self._name, self._stored, self._written, self._applied = name, stored, written, applied
 
     def undo_tensors(self) -> UndoTensors:
-        """Return an empty collector, because the correction of a bias needs no tensors of the method."""
+        """Return empty `UndoTensors`, because unmerging a bias needs no tensors of the method's hook adapter_undo."""
         return UndoTensors(0)
 
     def merged(self, original: Tensor, rows: slice) -> MergedRows:

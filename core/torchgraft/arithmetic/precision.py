@@ -48,7 +48,7 @@ def replacement(name: str, trained: Tensor, shape: Sequence[int], dtype: torch.d
 
 
 def tolerance(written: torch.dtype, result: Tensor, original: Tensor) -> Tensor:
-    """Return how far each entry of a merge may be from `result`: one unit of `written`, and the rounding errors of float64."""
+    """Return the absolute error allowed in each merged entry: one ulp of the dtype `written` and the rounding errors of the float64 sum."""
     smallest = torch.finfo(written).smallest_normal
     largest = sum(tensor.nan_to_num(0, 0, 0).abs().amax() for tensor in (result, original))
     return torch.finfo(written).eps * (result.abs() + smallest) + 16 * torch.finfo(torch.float64).eps * largest

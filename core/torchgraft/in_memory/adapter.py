@@ -246,7 +246,7 @@ class Adapter:
         record.remove(self.model, self.name)
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write the adapter directory: PEFT's two files if PEFT has such a method, and torchgraft.json.
+        """Write torchgraft.json and adapter_model.safetensors, and adapter_config.json if PEFT has the method, into `directory`.
 
         Raises:
             AttachError: the adapter was detached, has no values (meta device), or the call is within a block of `per_sample`.

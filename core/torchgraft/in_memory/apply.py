@@ -160,7 +160,9 @@ def _share(adapter: Adapter, parts: Mapping[str, SitePart]) -> None:
 
 
 def _check_clashes(adapter: Adapter, parts: Mapping[str, SitePart], copies: Mapping[str, TrainedCopy]) -> None:
-    """Refuse to fully train a module in which another adapter has a site, or the reverse: the copy would bypass that adapter.
+    """Refuse to fully train a module that another adapter is attached to or inside of, and to attach to one that another adapter trains.
+
+    The trained copy replaces the module, so the adapter on the original would have no effect.
 
     Raises:
         AttachError: there is such a module.

@@ -44,7 +44,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def add(model: nn.Module, name: str, adapter: Any) -> None:
-    """Enter an adapter into the record of a model that `freeze` prepared."""
+    """Add an adapter to the model's record of attached adapters, which `freeze` must have created."""
     model.__dict__[STATE].adapters[name] = adapter
 
 

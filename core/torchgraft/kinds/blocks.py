@@ -22,10 +22,10 @@ class Blocks(Protocol):
         """All rows of the weight, as consecutive blocks."""
 
     def read(self, rows: slice) -> Tensor:
-        """Return the stored rows, canonical, in the weight's own type. They are valid until the next call."""
+        """Return rows of the weight in the canonical layout (out, in) and in its own dtype. The next call of `read` may overwrite them."""
 
     def write(self, rows: slice, matrix: Tensor) -> None:
-        """Write new rows, canonical and in the output's type."""
+        """Replace these rows by `matrix`, which has the canonical layout (out, in) and the dtype of the output file."""
 
 
 class MemoryBlocks:

@@ -125,7 +125,7 @@ class Kind(ABC):
         return with_gain(h + update, change.gain, change.bias).to(h.dtype)
 
     def weight_for_product(self, module: nn.Module, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """Return `weight_of(module)` if `low_rank` can use it in training for the layer's product with `x`; else None."""
+        """Return `weight_of(module)` if `low_rank` may compute W x from it in training instead of calling `base(x)`; else None."""
         return None
 
     def dropout(self, module: nn.Module, x: Tensor, p: float) -> Tensor:

@@ -122,7 +122,7 @@ def _as_plain_lora(pairing: Pairing, tensors: AdapterTensors, nearest: Nearest |
 
 
 def _contents(exported: Exported, pairing: Pairing, tensors: AdapterTensors, checkpoint: Checkpoint | None) -> Contents:
-    """Return what to write, under the names that the adapter came with."""
+    """Return the config and tensors to write, under the module names of the adapter that was read."""
     names = {own: name for name, own in pairing.renamed.items()}
     sites = [replace(saved, site=replace(saved.site, name=names.get(saved.site.name, saved.site.name))) for saved in exported.sites]
     whole = {name: _whole(name, pairing, tensors.by_name) for name in (names.get(module, module) for module in pairing.also_train)}

@@ -32,16 +32,16 @@ class UnmergeReport:
 def unmerge_checkpoint(
     merged: str | Path, output: str | Path, *, base: str | Path | None = None, progress: Progress = silent
 ) -> UnmergeReport:
-    """Restore the base of `merged` in the new directory `output`. Every tensor and file has its recorded hash, or nothing is written.
+    """Restore the base of `merged` in the new directory `output`, or nothing if a tensor or file has not the hash that the merge recorded.
 
     While it runs, torch computes with one thread and Python's thread switch interval is 0.1 ms, in the whole process; both are
     restored. glibc's mmap threshold stays at its maximum afterwards.
 
     Args:
-        base: copy the tensors from this checkpoint, for a merge without an undo record or from a machine whose arithmetic differs.
+        base: copy the tensors from this checkpoint: needed if the merge wrote no undo record, or if arithmetic on its machine differs.
 
     Raises:
-        MergeError: torchgraft did not merge this directory, it has no undo record, or it changed after the merge.
+        MergeError: torchgraft did not merge this directory, it has no undo record and `base` is not given, or a restored hash differs.
         FileFormatError: a file is broken.
     """
     target = Path(output)
@@ -66,7 +66,7 @@ def unmerge_checkpoint(
 
 
 def _check_origin(origin: Origin, record: MergeRecord) -> None:
-    """Check that the headers and the names of the base's tensors are those that the merge recorded.
+    """Check that the headers of the base's weight files and its tensors' names are those that the merge recorded.
 
     Raises:
         MergeError: they are not.

@@ -107,5 +107,5 @@ class Pairing:
         return self
 
     def with_problems(self, found: Iterable[str]) -> Pairing:
-        """Return this pairing with more problems."""
+        """Return a copy of this pairing with the messages `found` added to its problems."""
         return replace(self, problems=(*self.problems, *found))

@@ -73,7 +73,7 @@ def _frozen_copy(files: AdapterFiles, paired: PairedSite) -> str:
 
 
 def weight_problems(pairing: Pairing, base: Base) -> list[str]:
-    """Return a problem for each weight of the base that has not the recorded fingerprint."""
+    """Return a problem for each weight of the base whose fingerprint differs from the recorded one."""
     return [f"{paired.site.name}: {OTHER_BASE}" for paired in pairing.sites if _is_other_weight(pairing.files, paired, base)]
 
 

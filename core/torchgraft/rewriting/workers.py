@@ -57,7 +57,7 @@ class Workers:
             self._progress(nbytes, self._total)
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
-        """Call `work` on each item and yield the results. The first error stops all workers and is raised."""
+        """Call `work` on each item and yield the results in the order of the items. The first error stops all workers and is raised."""
 
         def stopping(item: Item) -> Result:
             try:

@@ -32,7 +32,7 @@ def energy_step(adapter: tg.Adapter, optimizer: Optimizer, step: int, metrics: M
 
 
 def _stalled(state: dict[str, Any], tolerance: float) -> bool:
-    """Whether no validation loss since the last decision is better than the best one before it."""
+    """Return whether no validation loss since the last decision on ranks is lower, by the share `tolerance`, than the lowest one before."""
     seen, best = state["seen"], state.get("best")
     state["seen"] = []
     if not seen:
