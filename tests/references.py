@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 import torchgraft as tg
+from torchgraft.testing.forwarding import COMPILES
+
+compiles = pytest.mark.skipif(TorchVersion(torch.__version__) < COMPILES, reason=f"torch.compile needs torch {COMPILES} or newer")
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Size of an entry in bytes → an integer dtype of that size."""

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import torchgraft as tg
 from models import build, perturb_
+from references import compiles
 from torchgraft.plugin.registry import registry
 from torchgraft.testing.cases import Case, Subject
 
@@ -30,6 +31,8 @@ BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 RANK = 4
 
 pytestmark = [
+    compiles,
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # by dynamo, before torch 2.13
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning"),  # by inductor itself
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # by torch, of bitsandbytes' autograd function
     pytest.mark.filterwarnings("ignore:.*was never called, so adalora:torchgraft.TorchgraftWarning"),

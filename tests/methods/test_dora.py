@@ -33,7 +33,7 @@ from one_layer import (
     own_dtype,
     plain,
 )
-from references import bits
+from references import bits, compiles
 
 
 def reference(module: nn.Module, part: Any, x: Tensor, cotangent: Tensor) -> dict[str, Pair]:
@@ -209,6 +209,7 @@ def test_a_whole_model_is_its_dense_twin_and_so_are_its_copies() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # by inductor itself
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@compiles
 def test_compiles_without_a_graph_break(backend: str) -> None:
     torch._dynamo.reset()
     base = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 10))

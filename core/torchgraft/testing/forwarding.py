@@ -7,12 +7,15 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from torchgraft.testing.cases import Case, backward, part_of
 from torchgraft.testing.checks import FLOATS, check
-from torchgraft.testing.compare import claimed, close, require, same_bits
+from torchgraft.testing.compare import SkippedError, claimed, close, require, same_bits
 
 FORWARD = "look at adapter_forward"
+COMPILES = "2.12"
+"""First version of torch whose compiler makes one graph of the layers that torchgraft extends; earlier ones warn, or break the graph."""
 
 
 @check(*FLOATS, core=True)
@@ -140,6 +143,8 @@ def disable(case: Case) -> None:
 def compile_(case: Case) -> None:
     """torch.compile compiles the layer into one graph with the same output and gradients. `Method.compiles` claims this."""
     claimed(case.hooks.method.compiles, "compiles")
+    if TorchVersion(torch.__version__) < COMPILES:
+        raise SkippedError(f"torch.compile needs torch {COMPILES} or newer here")
     model, adapter = case.adapted()
     hint = f"{FORWARD}: no data-dependent Python, no print, no .item(); or set Method(compiles=False)"
     expected = model(case.x)
