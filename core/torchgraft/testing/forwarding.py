@@ -141,7 +141,10 @@ def disable(case: Case) -> None:
 
 @check(layers="dense", first=True)
 def compile_(case: Case) -> None:
-    """torch.compile compiles the layer into one graph with the same output and gradients. `Method.compiles` claims this."""
+    """torch.compile compiles the layer into one graph with the same output and gradients; needs torch 2.12.
+
+    `Method.compiles` claims this.
+    """
     claimed(case.hooks.method.compiles, "compiles")
     if TorchVersion(torch.__version__) < COMPILES:
         raise SkippedError(f"torch.compile needs torch {COMPILES} or newer here")
