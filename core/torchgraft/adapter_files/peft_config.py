@@ -1,4 +1,4 @@
-"""The entries of PEFT's adapter_config.json, their types and their hash."""
+"""The entries of PEFT's adapter_config.json, their types and their hash. What they mean for each layer is read in pairing/peft.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convert the adapters of low-rank methods to PEFT's files and back."""
+"""Convert the adapters of low-rank methods to PEFT's files and back. For a whole adapter: pairing/peft.py reads, writing.py writes."""
 
 from __future__ import annotations
 
