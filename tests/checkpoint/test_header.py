@@ -109,8 +109,18 @@ def test_we_read_the_file_that_the_library_writes(path: Path, layout: Tensors, n
 
 def test_dtypes_have_the_names_and_sizes_of_the_library(path: Path) -> None:
     for code, name in dtypes.NAMES.items():
-        data = dump_header({"x": (name, (3,))}, {}) + bytes(3 * dtypes.SIZES[name])
-        assert library_reads(data) == {"x": (code, (3,), bytes(3 * dtypes.SIZES[name]))}, name
+        content = bytes(dtypes.nbytes(name, (3, 4)))
+        assert library_reads(dump_header({"x": (name, (3, 4))}, {}) + content) == {"x": (code, (3, 4), content)}, name
+
+
+@pytest.mark.parametrize("code", ["F4", "F6_E2M3", "F6_E3M2"])
+def test_a_shape_that_does_not_fill_whole_bytes_is_refused_as_by_the_library(path: Path, code: str) -> None:
+    header = json.dumps({"x": {"dtype": code, "shape": [3], "data_offsets": [0, 2]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(2)
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match="which are not whole bytes"):
+        read_header(path)
+    assert library_reads(data) is None
 
 
 # A file as text with holes, each of which may be filled with something that the format does not allow.

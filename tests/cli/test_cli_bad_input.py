@@ -175,11 +175,12 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "index without weight_map": (holding(**{INDEX: {"metadata": {}}}), (INDEX, "weight_map")),
     "weight_map is a list": (holding(**{INDEX: {"weight_map": ["w"]}}), (INDEX, "weight_map")),
     "tensor in two shards": (
-        holding(**{INDEX: {"weight_map": {"w": "a.safetensors", "u": "b.safetensors"}}}, a_safetensors=["w"], b_safetensors=["w", "u"]),
-        (INDEX, "'w'", "two shards", "a.safetensors", "b.safetensors"),
+        holding(
+            **{INDEX: {"weight_map": {"v": "a.safetensors", "u": "b.safetensors"}}}, a_safetensors=["v", "w"], b_safetensors=["w", "u"]
+        ),
+        (INDEX, "'w'", "two shards", "a.safetensors", "b.safetensors", "lists neither"),
     ),
     "tensor not in its shard": (holding(**{INDEX: {"weight_map": {"w": "a.safetensors"}}}, a_safetensors=[]), (INDEX, "'w'")),
-    "tensor not in the index": (holding(**{INDEX: {"weight_map": {"w": "a.safetensors"}}}, a_safetensors=["w", "u"]), (INDEX, "'u'")),
     "config.json is no JSON": (holding(model_safetensors=["w"], config_json="{"), ("config.json", "JSON")),
     "config.json is a list": (holding(model_safetensors=["w"], config_json=[]), ("config.json", "list")),
 }

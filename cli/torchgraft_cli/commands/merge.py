@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The directory to write; it must not exist."
 )
-@click.option("--dtype", default="", metavar="D", help="Write every tensor of 16, 32 or 64 bits as float32, float16, bfloat16 or float64.")
+@click.option("--dtype", default="", metavar="D", help="Write the floating weights as float32, float16, bfloat16 or float64. Quantized layers keep their dtypes.")
 @click.option(
     "--onto",
     type=click.Choice(["quantized", "original"]),

@@ -98,7 +98,7 @@ def dump_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[
     document: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for name, (dtype, shape) in tensors.items():
-        end = offset + prod(shape) * dtypes.SIZES[dtype]
+        end = offset + dtypes.nbytes(dtype, shape)
         document[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     body = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
@@ -168,13 +168,15 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     if not isinstance(code, str) or code not in dtypes.NAMES:
         raise _broken(path, f"tensor {_shown(name)} has the dtype {_shown(code)}, which torchgraft does not know")
     dtype = dtypes.NAMES[code]
-    expected = 1
-    for number in (*shape, dtypes.SIZES[dtype]):
-        expected *= number
-        if expected >= BEYOND:  # even if a zero follows, as in the library; also bounds the product
+    bits = 1
+    for number in (*shape, dtypes.BITS[dtype]):
+        bits *= number
+        if bits >= BEYOND:  # even if a zero follows, as in the library; also bounds the product
             raise _broken(path, f"tensor {_shown(name)} has the shape {_shown(shape)}, whose size is beyond 64 bits")
-    if end - begin != expected:
-        what = f"takes {expected:,} bytes as {code} {_shown(shape)}, but its offsets span {end - begin:,}"
+    if bits % 8:
+        raise _broken(path, f"tensor {_shown(name)} takes {bits:,} bits as {code} {_shown(shape)}, which are not whole bytes")
+    if end - begin != bits // 8:
+        what = f"takes {bits // 8:,} bytes as {code} {_shown(shape)}, but its offsets span {end - begin:,}"
         raise _broken(path, f"tensor {_shown(name)} {what}")
     return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
 

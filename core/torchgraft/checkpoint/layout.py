@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from torchgraft.checkpoint.header import Header, TensorEntry, dump_header
-from torchgraft.checkpoint.reading import INDEX, WEIGHTS, Checkpoint
+from torchgraft.checkpoint.packed import convertible
+from torchgraft.checkpoint.reading import INDEX, Checkpoint
 from torchgraft.disk import read_json
-from torchgraft.dtypes import ADAPTABLE, SIZES
+from torchgraft.dtypes import BITS, nbytes
+from torchgraft.errors import FileFormatError
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Placed:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * SIZES[self.dtype]
+        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,34 @@ def plan_layout(checkpoint: Checkpoint, *, dtype: str = "", max_shard_size: int 
     """The checkpoint's own files and headers, unless an option asks for others.
 
     Args:
-        dtype: for every float tensor; empty: each its own.
+        dtype: for every tensor that may change it (see `packed.convertible`); empty: each its own.
         max_shard_size: bytes of a file; a tensor that is larger has a file of its own. 0: the checkpoint's own files.
         added: name of a new tensor → the tensor that it is a copy of.
+
+    Raises:
+        FileFormatError: other files are needed, and the checkpoint has a tensor in two shards.
     """
     if not (dtype or max_shard_size or added):
         return Layout(tuple(same_file(relative_name(checkpoint, header), header) for header in checkpoint.headers), {}, is_new=False)
-    shards = [list(_entries(header, dtype, added or {})) for header in checkpoint.headers]
+    if checkpoint.shadowed:
+        raise FileFormatError(
+            f"{checkpoint.root}: {len(checkpoint.shadowed)} tensors are in two shards ({min(checkpoint.shadowed)}…), so its files can only "
+            "be kept as they are: no other dtype, shard size or untied weights; save it again with save_pretrained(…)"
+        )
+    converted = convertible(checkpoint.tensors.values()) if dtype else frozenset()
+    shards = [list(_entries(header, dtype, converted, added or {})) for header in checkpoint.headers]
     names = [relative_name(checkpoint, header) for header in checkpoint.headers]
     metadata = [header.metadata for header in checkpoint.headers]
     if max_shard_size:
         shards = list(_filled((entry for shard in shards for entry in shard), max_shard_size))
-        names = [WEIGHTS] if len(shards) == 1 else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        names = _shard_names(checkpoint.stem, len(shards))
         metadata = [metadata[0]] * len(shards)
     files = tuple(_file(name, shard, meta) for name, shard, meta in zip(names, shards, metadata, strict=True))
     return Layout(files, _index(checkpoint, files), is_new=True)
+
+
+def _shard_names(stem: str, count: int) -> list[str]:
+    return [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [f"{stem}.safetensors"]
 
 
 def relative_name(checkpoint: Checkpoint, header: Header) -> str:
@@ -94,12 +109,12 @@ def same_file(name: str, header: Header) -> OutputFile:
     return OutputFile(name, header.raw, tensors)
 
 
-def _entries(header: Header, dtype: str, added: Mapping[str, str]) -> Iterator[tuple[str, TensorEntry, str]]:
+def _entries(header: Header, dtype: str, converted: Container[str], added: Mapping[str, str]) -> Iterator[tuple[str, TensorEntry, str]]:
     """Yield (name, source, dtype) of every tensor; an added tensor follows its source."""
     for entry in header.in_file_order:
         names = [entry.name, *(name for name, source in added.items() if source == entry.name)]
         for name in names:
-            yield name, entry, dtype if dtype and entry.dtype in ADAPTABLE else entry.dtype
+            yield name, entry, dtype if entry.name in converted else entry.dtype
 
 
 def _filled(entries: Iterable[tuple[str, TensorEntry, str]], limit: int) -> Iterator[list[tuple[str, TensorEntry, str]]]:
@@ -107,19 +122,19 @@ def _filled(entries: Iterable[tuple[str, TensorEntry, str]], limit: int) -> Iter
     shard: list[tuple[str, TensorEntry, str]] = []
     size = 0
     for name, entry, dtype in entries:
-        nbytes = entry.numel * SIZES[dtype]
-        if shard and size + nbytes > limit:
+        length = nbytes(dtype, entry.shape)
+        if shard and size + length > limit:
             yield shard
             shard, size = [], 0
         shard.append((name, entry, dtype))
-        size += nbytes
+        size += length
     if shard:
         yield shard
 
 
 def _file(name: str, shard: list[tuple[str, TensorEntry, str]], metadata: dict[str, str]) -> OutputFile:
     # Wider types first, as the safetensors library writes them, so that every tensor is aligned.
-    shard = sorted(shard, key=lambda item: -SIZES[item[2]])
+    shard = sorted(shard, key=lambda item: -BITS[item[2]])
     header = dump_header({name: (dtype, entry.shape) for name, entry, dtype in shard}, metadata)
     begin, tensors = len(header), []
     for own, entry, dtype in shard:
@@ -129,9 +144,9 @@ def _file(name: str, shard: list[tuple[str, TensorEntry, str]], metadata: dict[s
 
 
 def _index(checkpoint: Checkpoint, files: tuple[OutputFile, ...]) -> dict[str, Any]:
-    if [file.name for file in files] == [WEIGHTS] or (not checkpoint.root.is_dir() and len(files) == 1):
+    if [file.name for file in files] == _shard_names(checkpoint.stem, 1) or (not checkpoint.root.is_dir() and len(files) == 1):
         return {}
-    old = read_json(checkpoint.directory / INDEX, missing_ok=True).get("metadata")
+    old = read_json(checkpoint.directory / (checkpoint.index or INDEX), missing_ok=True).get("metadata")
     tensors = [tensor for file in files for tensor in file.tensors]
     totals = {"total_size": sum(tensor.nbytes for tensor in tensors), "total_parameters": sum(prod(tensor.shape) for tensor in tensors)}
     return {

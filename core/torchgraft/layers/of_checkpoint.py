@@ -18,6 +18,7 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from torchgraft.checkpoint.header import TensorEntry
+from torchgraft.checkpoint.packed import UNPACKED
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, SelectionError, near
@@ -58,6 +59,7 @@ MAX_DEPTH = 64
 """Largest depth of nested modules. Real models stay below 20; walking the tree costs time and memory per level."""
 
 UNKNOWN = "has a weight whose orientation the names do not show; pass --kind '{name}=Linear' (or Conv1D, Embedding, Conv2d, …)"
+UNQUANTIZED = "adapters can only be merged into the model that it was quantized from"
 OF_EXPERTS = "belongs to a mixture of experts, whose weights the model may store in another form"
 
 
@@ -74,7 +76,8 @@ def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None
             if entry.name.count(".") > MAX_DEPTH:
                 raise FileFormatError(f"{header.path}: the name {entry.name[:60]!r}… has more than {MAX_DEPTH} dots: is it a model?")
             module, _, leaf = entry.name.rpartition(".")
-            owners[module][leaf] = entry
+            if entry.name not in checkpoint.shadowed:
+                owners[module][leaf] = entry
     model_type = str(checkpoint.config.get("model_type", ""))
     layers = [_layer(name, tensors, model_type) for name, tensors in owners.items()]
     return _overridden(_with_ties(layers, checkpoint), kinds or {})
@@ -96,6 +99,8 @@ def _layer(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> La
     verdict = Verdict()
     if "weight" in tensors and len(weight.shape) > 1:
         verdict = _kind(name, tensors, model_type)
+    elif packed := next((entry for entry in tensors.values() if entry.dtype not in UNPACKED), None):
+        verdict = Verdict(reason=f"is quantized: {packed.name.rpartition('.')[2]} has the type {packed.dtype}; {UNQUANTIZED}")
     elif "experts" in name.split(".") and len(weight.shape) > 2:  # transformers 5 stores all experts in one tensor
         verdict = Verdict(reason=OF_EXPERTS)
     params = size = 0
@@ -133,7 +138,7 @@ def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Ver
     segments = name.split(".")
     leaf = segments[-1]
     if dtype not in ADAPTABLE:
-        return Verdict(reason=f"has a weight of type {dtype}, which is quantized")
+        return Verdict(reason=f"is quantized: weight has the type {dtype}; {UNQUANTIZED}")
     if any(fnmatchcase(name, pattern) for pattern in _own_forwards(model_type)):
         return Verdict(reason="is an embedding with its own forward, which scales or shifts what it looks up")
     if "experts" in segments or leaf in ("gate", "router"):

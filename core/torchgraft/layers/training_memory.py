@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from torchgraft.dtypes import SIZES
+from torchgraft.dtypes import BITS, SIZES
 from torchgraft.errors import TorchgraftError, TorchgraftWarning
 from torchgraft.layers.layer import Layer, is_inside
 from torchgraft.layers.plan import Plan, site_of
@@ -88,4 +88,4 @@ def _frozen_bytes(layer: Layer, config: Config | None) -> int:
     if bits is None or layer.kind is None or registry().kind(layer.kind).quantized:
         return layer.bytes
     weight = prod(layer.shape)
-    return layer.bytes - weight * SIZES[layer.dtype] + round(weight * bits / 8)
+    return layer.bytes - weight * BITS[layer.dtype] // 8 + round(weight * bits / 8)

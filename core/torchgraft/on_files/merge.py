@@ -87,7 +87,7 @@ def merge_checkpoint(
 
     Args:
         adapter: its directory; or several, each with its factor f: W + Σ f·ΔW.
-        dtype: dtype of every float tensor in the output; empty: unchanged.
+        dtype: dtype of the floating weights in the output, except those of quantized layers; empty: unchanged.
         onto: "quantized" merges into the weights as they were quantized during training, which is the default if the adapter
             records it; "original" merges into the base's own.
         max_shard_size: bytes of a weight file. 0: the base's own files.

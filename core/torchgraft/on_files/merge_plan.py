@@ -13,7 +13,7 @@ from torchgraft.checkpoint.layout import Layout, Placed, plan_layout
 from torchgraft.checkpoint.reading import INDEX, Checkpoint
 from torchgraft.checkpoint.sidecars import Sidecars, sidecars_of
 from torchgraft.disk import json_bytes
-from torchgraft.dtypes import ADAPTABLE, SIZES
+from torchgraft.dtypes import ADAPTABLE, BITS
 from torchgraft.errors import ConfigError
 from torchgraft.layers.layer import HEAD
 from torchgraft.on_files.merge_changes import (
@@ -62,7 +62,7 @@ class MergePlan:
         for placed in self.layout.tensors:
             stored, change = self.checkpoint.tensors[placed.source], self.changes.get(placed.name)
             whole = change is not None and (change.replaced or change.quantization or change.is_bias)
-            narrower = SIZES[placed.dtype] < SIZES[stored.dtype]
+            narrower = BITS[placed.dtype] < BITS[stored.dtype]
             if change is not None or narrower:
                 total += (stored.end - stored.begin) // (1 if whole or narrower else SPARSEST)
         return total
@@ -151,8 +151,9 @@ def _sidecar_notes(sidecars: Sidecars) -> list[str]:
 def _rewritten(checkpoint: Checkpoint, layout: Layout, sidecars: Sidecars, dtype: str, is_untied: bool) -> dict[str, bytes]:
     """Return name → new content of the index and config.json, where the merge changes them."""
     found: dict[str, bytes] = {}
-    if layout.is_new and (layout.index or INDEX in sidecars.files):
-        found[INDEX] = json_bytes(layout.index) if layout.index else b""  # a single file has no index
+    index = checkpoint.index or INDEX
+    if layout.is_new and (layout.index or index in sidecars.files):
+        found[index] = json_bytes(layout.index) if layout.index else b""  # a single file has no index
     if "config.json" in sidecars.files and (dtype or is_untied):
         config = deepcopy(checkpoint.config)
         for part in [config, *(value for value in config.values() if isinstance(value, dict))]:

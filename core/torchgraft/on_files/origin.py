@@ -13,7 +13,7 @@ from torchgraft.arithmetic.layer_merge import Applied
 from torchgraft.arithmetic.tensor_merge import TensorMerge
 from torchgraft.checkpoint.header import read_header
 from torchgraft.checkpoint.layout import Layout, OutputFile, Placed, plan_layout, same_file
-from torchgraft.checkpoint.reading import Checkpoint
+from torchgraft.checkpoint.reading import INDEX, Checkpoint, obey, read_index
 from torchgraft.checkpoint.sidecars import UNDO
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, MergeError, TorchgraftWarning
@@ -149,17 +149,19 @@ class MergedOrigin:
 
     def _files(self) -> list[OutputFile]:
         """Return the base's weight files, from their stored headers."""
-        root = self._root / HEADERS
+        root, index = self._root / HEADERS, self.checkpoint.index or INDEX
+        weight_map = read_index(self.file(index)) if index in self._record.original_files else {}
         files = []
         for path in sorted(root.rglob("*.header")):
-            header = read_header(path, alone=True)
+            name = path.relative_to(root).as_posix().removesuffix(".header")
+            header = obey(weight_map, name, read_header(path, alone=True))
             for entry in header.in_file_order:
                 found = self.checkpoint.tensors.get(entry.name)
                 if found is None or found.shape != entry.shape:
                     raise MergeError(
                         f"{self.checkpoint.root}: {entry.name} is missing or has another shape, so the base cannot be restored"
                     )
-            files.append(same_file(path.relative_to(root).as_posix().removesuffix(".header"), header))
+            files.append(same_file(name, header))
         return files
 
 

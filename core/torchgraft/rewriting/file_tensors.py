@@ -50,6 +50,8 @@ class FileTensor:
     """A tensor's position, shape and dtype in an open file."""
 
     def __init__(self, descriptor: int, begin: int, shape: Shape, dtype: str, where: str) -> None:
+        if dtype not in dtypes.SIZES:  # torch has no such type, and the bytes are only copied
+            shape, dtype = (dtypes.nbytes(dtype, shape),), "uint8"
         self.descriptor, self.begin, self.shape, self.where = descriptor, begin, shape, where
         self.dtype = dtypes.torch_dtype(dtype)
 
