@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from command import Result
+from saved_adapters import edit_tensors
 from torchgraft.method.config import LowRankConfig
 
 Adapt = Callable[..., Result]
@@ -191,9 +192,16 @@ def test_dry_run_writes_nothing(adapt: Adapt, llama: Path, tmp_path: Path) -> No
     assert [sorted(tmp_path.rglob("*")), hashes(llama)] == before
 
 
+def shifted(tensors: dict[str, torch.Tensor]) -> None:
+    """Move an adapter away from its initialization, at which it changes nothing."""
+    for tensor in tensors.values():
+        tensor += 0.1
+
+
 def test_check_merge_and_unmerge(adapt: Adapt, llama: Path, bert: Path, tmp_path: Path) -> None:
     adapter, out, back = tmp_path / "a", tmp_path / "out", tmp_path / "back"
-    assert adapt("apply", llama, "--plugin", "lora", "--target", "{q,v}_proj", "--set", "init=swapped", "-o", adapter).code == 0
+    assert adapt("apply", llama, "--plugin", "lora", "--target", "{q,v}_proj", "-o", adapter).code == 0
+    edit_tensors(adapter, shifted)
     assert parsed(adapt("check", llama, adapter, "--json")) == {"ok": True, "problems": [], "renamed": {}, "notes": []}
     assert adapt("check", llama, adapter).out == f"{adapter} fits {llama}\n"
     wrong = adapt("check", bert, adapter, "--json")
@@ -208,12 +216,30 @@ def test_check_merge_and_unmerge(adapt: Adapt, llama: Path, bert: Path, tmp_path
     restored = parsed(adapt("unmerge", out, "-o", back, "--json"))
     assert (restored["output"], restored["restored_tensors"], restored["files"]) == (str(back), 4, len(hashes(llama)))
     assert hashes(back) == hashes(llama)
+    assert list(merged["changed"].values()) == [1.0] * 4
+
+
+def test_an_adapter_that_changes_nothing_is_merged_only_if_told(adapt: Adapt, llama: Path, tmp_path: Path) -> None:
+    adapter, out = tmp_path / "a", tmp_path / "out"
+    assert adapt("apply", llama, "--plugin", "lora", "--target", "{q,v}_proj", "-o", adapter).code == 0
+    checked = adapt("check", llama, adapter)
+    assert checked.code == 0
+    assert "note: the adapter changes nothing on 4 of its 4 layers (model.layers.0.self_attn.q_proj, " in checked.out
+    refused = adapt("merge", llama, adapter, "-o", out)
+    assert (refused.code, refused.out, out.exists()) == (2, "", False)
+    assert "4 of 4 merged tensors are the base's, unchanged" in refused.err
+    assert "--allow-unchanged" in refused.err
+    allowed = adapt("merge", llama, adapter, "-o", out, "--allow-unchanged")
+    assert allowed.code == 0
+    assert "note: 4 of 4 merged tensors are the base's, unchanged" in allowed.out
+    assert "changed: 0.0 % of the entries" in allowed.out
 
 
 def test_merge_and_unmerge_as_text(adapt: Adapt, llama: Path, tmp_path: Path) -> None:
     assert adapt("apply", llama, "--plugin", "lora", "-o", tmp_path / "a").code == 0
+    edit_tensors(tmp_path / "a", shifted)
     for options, says in (
-        ([], ["14 tensors merged", "verified:", "undo record"]),
+        ([], ["14 tensors merged", "changed: 100.0 % of the entries", "verified:", "undo record"]),
         (["--no-verify", "--no-undo"], ["not verified", "--no-undo"]),
     ):
         out = tmp_path / f"out{len(options)}"

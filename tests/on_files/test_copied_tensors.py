@@ -145,7 +145,7 @@ def test_the_index_decides_which_shard_a_tensor_is_taken_from(stem: str, tmp_pat
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"max_shard_size": 900}], ids=str)
 def test_a_tensor_in_two_shards_is_not_rewritten(options: dict[str, object], tmp_path: Path) -> None:
     base, _ = overlaid(tmp_path / "base")
-    with pytest.raises(tg.FileFormatError, match="in two shards.*save it again"):
+    with pytest.raises(tg.FileFormatError, match=r"in two shards.*save it again"):
         tg.merge_checkpoint(base, make_adapter(tmp_path / "adapter"), tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import torchgraft as tg
 from references import all_tensors, tree
 from small_checkpoint import Small, make_adapter, write_model
 from torchgraft.errors import MergeError, TorchgraftError
+from torchgraft.on_files import origin
 from torchgraft.rewriting import file_tensors
+from torchgraft.rewriting.file_tensors import FileTensor
+from torchgraft.rewriting.workers import StoppedError, Workers
 
 
 def test_the_base_gives_the_originals_back_without_an_undo_record(tmp_path: Path) -> None:
@@ -128,3 +132,14 @@ def test_a_record_that_was_tampered_with_writes_nothing_elsewhere(tmp_path: Path
     with pytest.raises(TorchgraftError):
         tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "deep" / "back")
     assert tree(tmp_path) == before
+
+
+def test_a_hash_that_another_workers_failure_stopped_is_not_taken_for_a_wrong_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(8))
+    workers = Workers()
+    with (tmp_path / "file").open("rb") as file:
+        tensor = FileTensor(file.fileno(), 0, (8,), "uint8", "x")
+        assert origin._digest(tensor, workers) == hashlib.sha256(bytes(8)).hexdigest()
+        workers._stop.set()
+        with pytest.raises(StoppedError):
+            origin._digest(tensor, workers)

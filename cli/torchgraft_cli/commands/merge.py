@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT", help="The directory to write; it must not exist."
 )
-@click.option("--dtype", default="", metavar="D", help="Write the floating weights as float32, float16, bfloat16 or float64. Quantized layers keep their dtypes.")
+@click.option(
+    "--dtype",
+    default="",
+    metavar="D",
+    help="Write the floating weights as float32, float16, bfloat16 or float64. Quantized layers keep their dtypes.",
+)
 @click.option(
     "--onto",
     type=click.Choice(["quantized", "original"]),
@@ -29,6 +35,11 @@ if TYPE_CHECKING:
 @click.option("--max-shard-size", metavar="S", help="The most data in one weight file: 5GB, 500MB. By default, the base's own files.")
 @click.option("--no-verify", is_flag=True, help="Do not read the result back and compare it with the formula.")
 @click.option("--no-undo", is_flag=True, help="Do not write the undo record that 'adapt unmerge' needs.")
+@click.option(
+    "--allow-unchanged",
+    is_flag=True,
+    help="Merge although a weight stays as it is, because the adapter's change is zero or lost in rounding.",
+)
 @kind_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from names, shapes and sizes, and write nothing.")
 @json_option
@@ -41,6 +52,7 @@ def merge(
     max_shard_size: str | None,
     no_verify: bool,
     no_undo: bool,
+    allow_unchanged: bool,
     kinds: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -63,6 +75,7 @@ def merge(
             verify=not no_verify,
             undo=not no_undo,
             dry_run=dry_run,
+            allow_unchanged=allow_unchanged,
             kinds=parse_kinds(kinds),
             progress=progress,
         )
@@ -78,6 +91,7 @@ def _document(report: MergeReport, dry_run: bool) -> dict[str, Any]:
         "output": None if dry_run else str(report.output),
         **{key: getattr(report, key) for key in keys},
         **{key: list(getattr(report, key)) for key in ("files", "notes", "left_out")},
+        "changed": dict(report.changed),
     }
 
 
@@ -96,9 +110,18 @@ def _show(report: MergeReport, dry_run: bool, no_undo: bool) -> None:
         click.echo(f"memory: about {size(report.memory)}, beside what torch takes")
         return
     click.echo(f"wrote {report.output}: {sums}")
+    if report.changed:
+        click.echo(f"changed: {_range(report.changed)} of the entries of each merged tensor")
     click.echo(
         "verified: sampled rows of each merged tensor agree with a float64 reference, samples of the others with the base"
         if report.verified
         else "not verified (--no-verify)"
     )
     click.echo("it can be unmerged only with the base (--no-undo)" if no_undo else f"undo record: {size(report.undo_bytes)}")
+
+
+def _range(shares: Mapping[str, float]) -> str:
+    """Return the smallest share, with its tensor, and the largest: "3.1 % (a.weight) to 99.8 %"."""
+    least = min(shares, key=shares.__getitem__)
+    lowest, highest = (f"{100 * share:.1f} %" for share in (shares[least], max(shares.values())))
+    return highest if lowest == highest else f"{lowest} ({least}) to {highest}"

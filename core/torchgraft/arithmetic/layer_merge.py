@@ -13,6 +13,9 @@ from torchgraft.arithmetic.precision import widened
 from torchgraft.errors import MergeError
 from torchgraft.plugin.method_hooks import MethodHooks
 
+SAMPLE = 8
+"""Rows with which `is_zero` begins."""
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -120,6 +123,20 @@ def _change_of(one: Applied, params: Mapping[str, Tensor], weight: Tensor, rows:
     zeros = weight.new_zeros((), dtype=torch.float64).expand_as(weight)
     change = one.hooks.merge(one.config, params, zeros, rows)
     return change if one.factor == 1 else one.factor * change
+
+
+@torch.no_grad()
+def is_zero(one: Applied, shape: tuple[int, int]) -> bool:
+    """Whether the change ΔW of an additive method is zero. Few rows decide, unless they are zero.
+
+    Args:
+        shape: (out_features, in_features).
+    """
+    params = widened(one.params, torch.float32)
+    ends = (min(SAMPLE, shape[0]), shape[0]) if one.hooks.merges_rows else (shape[0],)
+    return not any(
+        one.hooks.merge(one.config, params, torch.zeros(()).expand(end, shape[1]), slice(0, end)).count_nonzero() for end in ends
+    )
 
 
 def check_no_bias(name: str, one: Applied, rows: int) -> None:

@@ -131,10 +131,13 @@ def _by_blocks(merge: TensorMerge, kind: Kind, stored: Tensor, change: Callable[
 
 @torch.no_grad()
 def reference(applied: Sequence[Applied], weight: Tensor, rows: slice) -> Tensor:
-    """Compute the result of `LayerMerge` one adapter after the other, in float64. A factor f adds f times the change."""
+    """Compute the result of `LayerMerge` one adapter after the other, in float64. A factor f adds f times the change.
+
+    An entry that is not finite stays as it is: infinity less infinity would be NaN.
+    """
     params = [{key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in one.params.items()} for one in applied]
     result = weight
     for one, own in zip(applied, params, strict=True):
         merged = one.hooks.merge(one.config, own, result if one.factor == 1 else weight, rows)
-        result = merged if one.factor == 1 else result + one.factor * (merged - weight)
+        result = merged if one.factor == 1 else torch.where(weight.isfinite(), result + one.factor * (merged - weight), weight)
     return result

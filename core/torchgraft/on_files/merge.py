@@ -11,7 +11,8 @@ import os
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from torchgraft.disk import (
     silent,
     space_problem,
 )
-from torchgraft.errors import TorchgraftWarning
+from torchgraft.errors import MergeError, TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.on_files.merge_changes import Onto
 from torchgraft.on_files.merge_plan import MergePlan, plan_merge
@@ -60,6 +61,8 @@ class MergeReport:
     """Files of the base that were not copied because they contain the same weights in another form, without the merge."""
     undo_bytes: int = 0
     """Size of the undo record; in a dry run, an estimate."""
+    changed: Mapping[str, float] = field(default_factory=dict)
+    """Merged tensor → share of its entries that the merge changed; empty in a dry run."""
     memory: int = 0
     """Estimate of the peak memory in bytes, without torch itself."""
 
@@ -75,6 +78,7 @@ def merge_checkpoint(
     verify: bool = True,
     undo: bool = True,
     dry_run: bool = False,
+    allow_unchanged: bool = False,
     kinds: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> MergeReport:
@@ -94,13 +98,14 @@ def merge_checkpoint(
         verify: read the written tensors back and compare them with a float64 reference.
         undo: write the undo record that `unmerge_checkpoint` needs.
         dry_run: plan the merge, and write nothing. No values are read.
+        allow_unchanged: merge adapters that leave a weight as it is, because their change is zero or lost in rounding.
         kinds: pattern → kind, for layers whose kind cannot be inferred from the files.
         progress: called with the number of bytes that were just written, and of all that will be.
 
     Raises:
         FileFormatError, PairingError: a file is broken, or an adapter does not fit.
-        MergeError: an adapter is merged already, a weight is shared, adapters cannot be combined, or a result is not finite.
-            Nothing is written.
+        MergeError: an adapter is merged already, a weight is shared, adapters cannot be combined, a result is not finite, or a merge
+            changes nothing. Nothing is written.
         ConfigError: an option is invalid.
     """
     target = Path(output)
@@ -126,15 +131,18 @@ def merge_checkpoint(
             return replace(report, notes=(*report.notes, *([f"it would be refused: {problem}"] if problem else [])))
         check_space(target, needed)
         from torchgraft.on_files.merge_run import MergeRun
-    return _carry_out(MergeRun(plan, digests), target, str(model), verify, undo, progress)
+    return _carry_out(MergeRun(plan, digests), target, str(model), verify, undo, allow_unchanged, progress)
 
 
-def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool, progress: Progress) -> MergeReport:
+def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool, allow_unchanged: bool, progress: Progress) -> MergeReport:
     from torchgraft.on_files.merge_verify import CHECKED, verify_merge
 
     plan = run.plan
     with new_directory(target) as directory:
         digests = run.write(directory, directory / UNDO / CORRECTIONS if undo else None, progress)
+        unchanged = _unchanged(run)
+        if unchanged and not allow_unchanged:
+            raise MergeError(f"{unchanged} Nothing was written; --allow-unchanged merges it nevertheless")
         for name, source in plan.sidecars.files.items():
             if name not in plan.rewritten:
                 copy_into(source, directory / name)
@@ -145,8 +153,23 @@ def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool
             verify_merge(run, directory)
         if undo:
             _write_undo(plan, directory)
-        (directory / RECORD).write_bytes(json_bytes(_record(plan, model, digests, CHECKED if verify else "", undo)))
-        return _report(plan, target, verify, _size(directory / UNDO))
+        record = _record(plan, model, digests, CHECKED if verify else "", undo) | {"changed": run.changed}
+        (directory / RECORD).write_bytes(json_bytes(record))
+        report = _report(plan, target, verify, _size(directory / UNDO))
+        entries = {placed.name: prod(placed.shape) for placed in plan.layout.tensors}
+        shares = {name: count / max(1, entries[name]) for name, count in sorted(run.changed.items())}
+        return replace(report, changed=shares, notes=(*report.notes, *([unchanged] if unchanged else [])))
+
+
+def _unchanged(run: MergeRun) -> str:
+    """Describe the tensors that the merge left as they were; empty if there are none."""
+    names = run.unchanged()
+    if not names:
+        return ""
+    return (
+        f"{len(names)} of {len(run.changed)} merged tensors are the base's, unchanged ({', '.join(names[:3])}{'…' if names[3:] else ''}): "
+        "the adapter's change is zero, or too small for the dtype. Was it trained, and saved whole?"
+    )
 
 
 def _write_undo(plan: MergePlan, directory: Path) -> None:

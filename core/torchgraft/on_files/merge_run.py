@@ -13,6 +13,7 @@ from torchgraft import dtypes
 from torchgraft.arithmetic.bias_merge import BiasMerge
 from torchgraft.arithmetic.exact import make_correction
 from torchgraft.arithmetic.layer_merge import Applied, check_no_bias
+from torchgraft.arithmetic.precision import changed_entries
 from torchgraft.arithmetic.tensor_merge import TensorMerge
 from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.disk import Progress
@@ -40,6 +41,8 @@ class MergeRun:
 
     def __init__(self, plan: MergePlan, digests: Mapping[str, str]) -> None:
         self.plan, self._digests = plan, digests
+        self.changed: dict[str, int] = {}
+        """Merged tensor → number of its entries that the merge changed, after `write`."""
         self._tensors = [AdapterTensors(one.pairing) for one in plan.ingredients]
         for number, one in enumerate(plan.ingredients):
             for paired in one.pairing.sites if one.hooks.merges_bias else ():
@@ -60,6 +63,17 @@ class MergeRun:
             if undo is not None:
                 undo.finish()
         return digests
+
+    def unchanged(self) -> list[str]:
+        """Return the tensors that adapters should have changed and of which no entry changed, after `write`.
+
+        Where every adapter has rank 0, nothing should change. A module that is saved whole may be the base's own.
+        """
+        return sorted(name for name, count in self.changed.items() if not count and self._should_change(self.plan.changes[name]))
+
+    def _should_change(self, change: Change) -> bool:
+        params = [self._tensors[number].params(paired).values() for number, paired in change.sites]
+        return any(all(tensor.numel() for tensor in tensors) for tensors in params)
 
     def tensor_merge(self, placed: Placed, source: FileTensor) -> TensorMerge | BiasMerge:
         """Return the computation of one tensor that is not merely copied."""
@@ -94,18 +108,21 @@ class MergeRun:
         merge = self.tensor_merge(placed, source)
         blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
         sha = hashlib.sha256() if isinstance(blocks, FileBlocks) and not digest else None
-        corrections, undo_tensors = Corrections(), merge.undo_tensors()
+        corrections, undo_tensors, changed = Corrections(), merge.undo_tensors(), 0
         for rows in blocks.rows:
             original = blocks.read(rows)
             if sha is not None:  # the rows are in memory, in the order of the file
                 sha.update(as_bytes(original))
             merged = merge.merged(original, rows)
             undo_tensors.add(rows, merged.needed)
+            changed += changed_entries(original, merged.weight)
             blocks.write(rows, merged.weight)
             if undo is not None:
                 nearly = merge.nearly(merged.weight, rows, undo_tensors.tensors, merged.change)
                 corrections.append(rows, make_correction(original, nearly))
             workers.advance(merged.weight.nbytes)
+        if placed.name in self.plan.changes:
+            self.changed[placed.name] = changed
         if undo is not None and corrections.blocks:
             undo.add(placed.name, corrections, undo_tensors.tensors)
         return digest if sha is None else sha.hexdigest()

@@ -28,7 +28,7 @@ from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
 from torchgraft.rewriting.digests import digest_range
 from torchgraft.rewriting.file_tensors import FileTensor, blocks_of, copy_bytes
-from torchgraft.rewriting.workers import Workers
+from torchgraft.rewriting.workers import StoppedError, Workers
 
 
 class Origin(Protocol):
@@ -186,5 +186,12 @@ def _copied(source: FileTensor, target: FileTensor, workers: Workers) -> str:
 
 
 def _digest(file: FileTensor, workers: Workers) -> str:
-    """Return the hash of the bytes that were written, read back from the file."""
-    return digest_range(file.descriptor, file.begin, file.begin + file.nbytes, file.where, workers.stopped)
+    """Return the hash of the bytes that were written, read back from the file.
+
+    Raises:
+        StoppedError: another worker failed.
+    """
+    found = digest_range(file.descriptor, file.begin, file.begin + file.nbytes, file.where, workers.stopped)
+    if not found:
+        raise StoppedError
+    return found
