@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import torchgraft as tg
 from references import tree
 from small_checkpoint import Small, make_adapter, merge_one_layer, write_model
 from torchgraft.errors import FileFormatError, MergeError
+from torchgraft.on_files.check import check
 
 
 def write_sidecars(folder: Path, files: Mapping[str, str]) -> None:
@@ -132,3 +135,109 @@ def test_checkpoints_of_a_training_run_are_left_out_and_said(tmp_path: Path, mer
     assert report.left_out == ("checkpoint-500/model.safetensors",)
     assert "checkpoint-500" in str(said[0].message)
     assert not (tmp_path / "out" / "checkpoint-500").exists()
+
+
+def merged_files(tmp_path: Path, base_files: Mapping[str, str], adapter_files: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Merge with these files beside base and adapter, see that unmerging restores the base, and return the files beside the merge."""
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    for folder, files in ((base, base_files), (adapter, adapter_files)):
+        (folder / "additional_chat_templates").mkdir()
+        write_sidecars(folder, files)
+    report = tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    tg.unmerge_checkpoint(tmp_path / "out", tmp_path / "back")
+    (base / "additional_chat_templates").rmdir() if not any((base / "additional_chat_templates").iterdir()) else None
+    assert tree(tmp_path / "back") == tree(base)
+    weights = ("config.json", "model.safetensors", "torchgraft_merge.json")
+    found = {name: content for name, content in tree(tmp_path / "out").items() if name not in weights and "undo" not in name and content}
+    return {name: content.decode() for name, content in found.items() if isinstance(content, bytes)}, report.notes
+
+
+BASE_TOKENIZER = {"tokenizer.json": "{}", "added_tokens.json": '{"x": 1}', "special_tokens_map.json": "{}", "merges.txt": "a b"}
+
+
+def test_a_tokenizer_with_another_vocabulary_replaces_the_bases_as_a_whole(tmp_path: Path) -> None:
+    own = {"tokenizer.json": '{"model": {"vocab": {"a": 15}}}', "special_tokens_map.json": '{"own": "a"}'}
+    files, notes = merged_files(tmp_path, BASE_TOKENIZER | {"chat_template.jinja": "base"}, own)
+    assert files == own | {"chat_template.jinja": "base"}
+    assert "not copied, because the adapter's files replace this set of the base's: added_tokens.json, merges.txt" in notes
+
+
+def test_a_tokenizer_with_the_same_vocabulary_keeps_the_bases_other_files(tmp_path: Path) -> None:
+    files, _ = merged_files(tmp_path, BASE_TOKENIZER, {"tokenizer.json": "{}", "tokenizer_config.json": "{}"})
+    assert files == BASE_TOKENIZER | {"tokenizer_config.json": "{}"}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"chat_template.jinja": "mine", "additional_chat_templates/tool.jinja": "my tools"},
+        {"chat_template.jinja": "mine"},
+        {"tokenizer_config.json": '{"chat_template": "mine"}'},
+    ],
+    ids=["with further ones", "without", "in the config"],
+)
+def test_chat_templates_are_replaced_as_a_whole(own: dict[str, str], tmp_path: Path) -> None:
+    base = {"chat_template.json": "{}", "additional_chat_templates/tool.jinja": "base", "additional_chat_templates/rag.jinja": "base"}
+    files, _ = merged_files(tmp_path, base | {"tokenizer.json": "{}"}, own)
+    assert files == own | {"tokenizer.json": "{}"}
+
+
+def test_processors_are_replaced_as_a_whole_by_the_file_that_contains_them(tmp_path: Path) -> None:
+    base = {"preprocessor_config.json": "{}", "video_preprocessor_config.json": "{}"}
+    assert merged_files(tmp_path, base, {"processor_config.json": '{"image": 1}'})[0] == {"processor_config.json": '{"image": 1}'}
+    one = merged_files(tmp_path / "one", base, {"preprocessor_config.json": '{"size": 1}'})[0]
+    assert one == base | {"preprocessor_config.json": '{"size": 1}'}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"model": {"vocab": {"a": 0, "b": 16}}}'),
+        ("tokenizer.json", '{"model": {"vocab": [["a", 0]]}, "added_tokens": [{"id": 16, "content": "b"}]}'),
+        ("tokenizer.json", json.dumps({"model": {"vocab": [["a", 0.0]] * 17}})),
+        ("vocab.json", '{"a": 16}'),
+        ("added_tokens.json", '{"a": 16}'),
+        ("vocab.txt", "a\n" * 17),
+    ],
+)
+def test_a_tokenizer_with_more_ids_than_the_embedding_has_rows_is_refused(name: str, content: str, tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    write_sidecars(adapter, {name: content})
+    with pytest.raises(MergeError, match=rf"{name}: this tokenizer has ids up to 16, and the input embedding has 16 rows"):
+        tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    write_sidecars(adapter, {name: content.replace("16", "15").replace("a\n" * 17, "a\n" * 16).replace('["a", 0.0], ', "", 1)})
+    tg.merge_checkpoint(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", ["non_lora_trainables.bin", "value_head.safetensors", "mm_projector.pt", "new_embeddings.safetensors", "x.npz"]
+)
+def test_other_trained_weights_are_named_and_merged_without_only_if_told(name: str, tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", Small()), make_adapter(tmp_path / "a")
+    write_sidecars(adapter, {name: "x", "optimizer.pt": "x", "scheduler.pt": "x", "rng_state_0.pth": "x", "training_args.bin": "x"})
+    with pytest.raises(MergeError, match=rf"{name}: trained weights beside the adapter.*--leave-out {name}"):
+        tg.merge_checkpoint(base, adapter, tmp_path / "out")
+    assert any(name in note for note in check(base, adapter).notes)
+    report = tg.merge_checkpoint(base, adapter, tmp_path / "out", leave_out=[name])
+    assert f"not merged (--leave-out): {name}" in report.notes
+    with pytest.raises(tg.ConfigError, match=r"leave out model\.bin: no such file"):
+        tg.merge_checkpoint(base, adapter, tmp_path / "again", leave_out=[name, "model.bin"])
+    with pytest.warns(tg.TorchgraftWarning, match=rf"not loaded, other trained weights: {name}"):
+        tg.load(Small(torch.float32), adapter)
+
+
+def test_an_adapter_in_the_bases_directory_stays_behind_as_a_whole_and_comes_back(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", Small())
+    make_adapter(tmp_path / "a")
+    for path in (tmp_path / "a").iterdir():
+        shutil.copy(path, base)
+    for number, adapter in enumerate((tmp_path / "a", base)):
+        report = tg.merge_checkpoint(base, adapter, tmp_path / f"out{number}")
+        assert report.left_out == ()
+        assert [
+            note for note in report.notes if "load this adapter on top" in note and "adapter_model.safetensors, torchgraft.json" in note
+        ]
+        names = {path.name for path in (tmp_path / f"out{number}").iterdir()}
+        assert names == {"config.json", "model.safetensors", "torchgraft_merge.json", "torchgraft_undo"}
+        tg.unmerge_checkpoint(tmp_path / f"out{number}", tmp_path / f"back{number}")
+        assert tree(tmp_path / f"back{number}") == tree(base)

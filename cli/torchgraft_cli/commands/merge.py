@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Merge although a weight stays as it is, because the adapter's change is zero or lost in rounding.",
 )
+@click.option("--leave-out", multiple=True, metavar="FILE", help="Do not merge these other trained weights beside an adapter. Repeatable.")
 @kind_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from names, shapes and sizes, and write nothing.")
 @json_option
@@ -53,6 +54,7 @@ def merge(
     no_verify: bool,
     no_undo: bool,
     allow_unchanged: bool,
+    leave_out: tuple[str, ...],
     kinds: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -76,6 +78,7 @@ def merge(
             undo=not no_undo,
             dry_run=dry_run,
             allow_unchanged=allow_unchanged,
+            leave_out=leave_out,
             kinds=parse_kinds(kinds),
             progress=progress,
         )

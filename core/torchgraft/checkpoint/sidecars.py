@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torchgraft.checkpoint.reading import Checkpoint
-from torchgraft.disk import read_json
-from torchgraft.errors import FileFormatError, MergeError
+from torchgraft.checkpoint.tokenizers import matches, of_adapters, override
+from torchgraft.errors import FileFormatError
 
 RECORD = "torchgraft_merge.json"
 UNDO = "torchgraft_undo"
@@ -31,22 +30,18 @@ OTHER_WEIGHTS = [
 """Patterns of files with the same weights in other forms. The merge does not change them, so copies would be stale."""
 OTHER_DIRECTORIES = ("onnx", "openvino", "original", "coreml", "checkpoint-*", ".git", ".cache")
 
-TEMPLATE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-OF_ADAPTER = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template.*",
-    "preprocessor_config.json",
-    "processor_config.json",
-]
-"""Patterns of files that training saves beside an adapter and the merged model needs: it may add tokens or a chat template."""
+OF_ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "torchgraft.json",
+    "torchgraft.safetensors",
+    "torchgraft_state.safetensors",
+)
+"""Files of an adapter. Beside a model's weights, they would make transformers load the adapter on top of them."""
+TRAINED = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.npz")
+OF_TRAINER = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args.bin")
+"""Files that a training loop resumes from."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,14 @@ class Sidecars:
     """Name in the output, with slashes → the file that is copied there."""
     left_out: tuple[str, ...]
     """Files of the base that are not copied because they contain the same weights in another form."""
+    of_adapter: tuple[str, ...]
+    """Files of the base that are not copied because they are those of an adapter."""
     from_adapter: tuple[str, ...]
     """Names in `files` that come from an adapter and are missing or different in the base."""
     dropped: tuple[str, ...]
     """Files of the base that an adapter's files override."""
+    own: Mapping[str, Path]
+    """The adapters' files that can replace the base's, by name."""
     base: Mapping[str, Path]
     """Files of the base that unmerging restores, the record of an earlier merge included."""
 
@@ -68,32 +67,22 @@ class Sidecars:
 def sidecars_of(checkpoint: Checkpoint, adapters: Iterable[Path] = ()) -> Sidecars:
     """Return the files to copy (none for a single file). An adapter's tokenizer, chat template and processor replace the base's."""
     if not checkpoint.root.is_dir():
-        return Sidecars({}, (), (), (), _earlier(checkpoint.directory))
+        return Sidecars({}, (), (), (), (), {}, _earlier(checkpoint.directory))
     base, left_out = _of_base(checkpoint)
-    files, own = dict(base), _of_adapters(adapters)
-    changed = {name: path for name, path in own.items() if name not in base or not filecmp.cmp(path, base[name], shallow=False)}
-    files.update(changed)
-    dropped: tuple[str, ...] = ()
-    if TOKENIZER_CONFIG in changed and TEMPLATE in base and TEMPLATE not in own and read_json(own[TOKENIZER_CONFIG]).get("chat_template"):
-        del files[TEMPLATE]  # it would take precedence over the one in the adapter's config
-        dropped = (TEMPLATE,)
-    return Sidecars(files, left_out, tuple(changed), dropped, {**base, **_earlier(checkpoint.root)})
+    of_adapter = {name: base.pop(name) for name in OF_ADAPTER if name in base}
+    own = of_adapters(adapters)
+    found = override(base, own)
+    restored = {**base, **of_adapter, **_earlier(checkpoint.root)}
+    return Sidecars(found.files, left_out, tuple(of_adapter), found.from_adapter, found.dropped, own, restored)
 
 
-def _of_adapters(adapters: Iterable[Path]) -> dict[str, Path]:
-    """Return the adapters' own files.
-
-    Raises:
-        MergeError: two adapters have different files of one name.
-    """
-    own: dict[str, Path] = {}
-    for directory in adapters:
-        for path in sorted(directory.iterdir()):
-            if path.is_file() and _matches(path.name, OF_ADAPTER):
-                other = own.setdefault(path.name, path)
-                if not filecmp.cmp(path, other, shallow=False):
-                    raise MergeError(f"{path}: it differs from {other}, and the merged model can have only one of them; remove the other")
-    return own
+def other_trained_files(adapter: Path) -> list[str]:
+    """Return the names of the files in an adapter's directory that contain weights and are not its own, such as a trained projector."""
+    return sorted(
+        path.name
+        for path in adapter.iterdir()
+        if path.is_file() and matches(path.name, TRAINED) and path.name not in OF_ADAPTER and not matches(path.name, OF_TRAINER)
+    )
 
 
 def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
@@ -106,7 +95,7 @@ def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
             continue
         if not path.exists():
             raise FileFormatError(f"{path}: a link to a missing file; download or copy it again")
-        if not _is_other_form(relative):
+        if relative.as_posix() in OF_ADAPTER or not _is_other_form(relative):
             carried[relative.as_posix()] = path
         elif not relative.parts[0].startswith("."):
             left_out.append(str(relative))
@@ -144,9 +133,5 @@ def _raise(error: OSError) -> None:
 
 def _is_other_form(relative: Path) -> bool:
     if len(relative.parts) > 1:
-        return _matches(relative.parts[0], OTHER_DIRECTORIES)
-    return _matches(relative.name, OTHER_WEIGHTS)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+        return matches(relative.parts[0], OTHER_DIRECTORIES)
+    return matches(relative.name, OTHER_WEIGHTS)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.checkpoint import fingerprint
+from torchgraft.checkpoint.sidecars import other_trained_files
 from torchgraft.errors import TorchgraftWarning
 from torchgraft.in_memory.adapter import Adapter
 from torchgraft.in_memory.apply import attach
@@ -38,6 +39,8 @@ def load(model: nn.Module, directory: str | Path, *, name: str = "default") -> A
     pairing = pair(files, base).demand(base)
     if pairing.other_plugin:
         warnings.warn(pairing.other_plugin, TorchgraftWarning, stacklevel=2)
+    if others := other_trained_files(files.directory):
+        warnings.warn(f"{files.directory}: not loaded, other trained weights: {', '.join(others)}", TorchgraftWarning, stacklevel=2)
     state = files.read_state()
     tensors = AdapterTensors(pairing)
     sites = {paired.site.name: paired for paired in pairing.sites}

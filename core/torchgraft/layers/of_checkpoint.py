@@ -192,7 +192,7 @@ def _with_ties(layers: list[Layer], checkpoint: Checkpoint) -> list[Layer]:
     is_plain = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     found = []
     for layer in layers:
-        if not _is_input(layer) or not (declared or layer.shape not in heads):
+        if not is_input_embedding(layer) or not (declared or layer.shape not in heads):
             found.append(layer)
         elif is_plain and layer.kind == "Embedding" and layer.name.rpartition(".")[2] in PLAIN_EMBEDDINGS:
             found.append(replace(layer, tied=(HEAD,)))
@@ -212,7 +212,8 @@ def _with_head(layers: list[Layer]) -> list[Layer]:
     return [*layers, Layer(HEAD, "Linear", shape, dtype, 0, 0, tied=(embedding.name,), weight_of=embedding.name)]
 
 
-def _is_input(layer: Layer) -> bool:
+def is_input_embedding(layer: Layer) -> bool:
+    """Whether the layer's name is one that models give to their input embedding."""
     return len(layer.shape) == 2 and layer.name.rpartition(".")[2] in INPUT_EMBEDDINGS
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torchgraft.adapter_files.reading import read_adapter
 from torchgraft.arithmetic.layer_merge import Applied, is_zero
 from torchgraft.checkpoint.reading import open_checkpoint
+from torchgraft.checkpoint.sidecars import other_trained_files
 from torchgraft.errors import PairingError, TorchgraftError
 from torchgraft.on_files.merge_record import merged_already
 from torchgraft.pairing.base import Base, base_of_checkpoint
@@ -51,7 +52,9 @@ def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | Non
         return Verdict([*problems, *error.problems])
     except TorchgraftError as error:
         return Verdict([*problems, str(error)])
-    notes = (pairing.note, *([] if problems else [pairing.caveat, unchanged]))
+    others = [name for name in other_trained_files(files.directory) if files.directory / name not in checkpoint.file_of.values()]
+    beside = f"{files.directory}: other trained weights, which a merge does not include: {', '.join(others)}" if others else ""
+    notes = (pairing.note, *([] if problems else [pairing.caveat, unchanged]), beside)
     return Verdict(problems, pairing.renamed, tuple(note for note in notes if note))
 
 

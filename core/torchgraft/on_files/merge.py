@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -79,6 +79,7 @@ def merge_checkpoint(
     undo: bool = True,
     dry_run: bool = False,
     allow_unchanged: bool = False,
+    leave_out: Collection[str] = (),
     kinds: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> MergeReport:
@@ -99,6 +100,7 @@ def merge_checkpoint(
         undo: write the undo record that `unmerge_checkpoint` needs.
         dry_run: plan the merge, and write nothing. No values are read.
         allow_unchanged: merge adapters that leave a weight as it is, because their change is zero or lost in rounding.
+        leave_out: names of files with other trained weights beside the adapters, which are not merged.
         kinds: pattern → kind, for layers whose kind cannot be inferred from the files.
         progress: called with the number of bytes that were just written, and of all that will be.
 
@@ -117,7 +119,7 @@ def merge_checkpoint(
     # One core computes the hashes of the base while the other imports torch.
     background: AbstractContextManager[dict[str, str]] = nullcontext({}) if dry_run else digesting(checkpoint)
     with background as digests:
-        plan = plan_merge(checkpoint, adapters, dtype=dtype, onto=onto, max_shard_size=max_shard_size, kinds=kinds)
+        plan = plan_merge(checkpoint, adapters, dtype=dtype, onto=onto, max_shard_size=max_shard_size, leave_out=leave_out, kinds=kinds)
         if plan.sidecars.left_out:
             warnings.warn(
                 f"not copied (other copies of the weights, which the merge would leave stale): {', '.join(plan.sidecars.left_out)}",

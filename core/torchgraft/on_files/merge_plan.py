@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import isfinite
@@ -11,11 +11,13 @@ from typing import get_args
 
 from torchgraft.checkpoint.layout import Layout, Placed, plan_layout
 from torchgraft.checkpoint.reading import INDEX, Checkpoint
-from torchgraft.checkpoint.sidecars import Sidecars, sidecars_of
+from torchgraft.checkpoint.sidecars import Sidecars, other_trained_files, sidecars_of
+from torchgraft.checkpoint.tokenizers import refuse_more_ids
 from torchgraft.disk import json_bytes
 from torchgraft.dtypes import ADAPTABLE, BITS
-from torchgraft.errors import ConfigError
+from torchgraft.errors import ConfigError, MergeError, near
 from torchgraft.layers.layer import HEAD
+from torchgraft.layers.of_checkpoint import is_input_embedding
 from torchgraft.on_files.merge_changes import (
     Change,
     Ingredient,
@@ -86,24 +88,28 @@ def plan_merge(
     dtype: str = "",
     onto: Onto | None = None,
     max_shard_size: int = 0,
+    leave_out: Collection[str] = (),
     kinds: Mapping[str, str] | None = None,
 ) -> MergePlan:
     """Pair every adapter with the checkpoint, and decide what happens to each tensor and file.
 
     Raises:
         FileFormatError, PairingError: a file is broken, or an adapter does not fit.
-        MergeError: an adapter is merged already, a weight is shared, or the adapters cannot be combined.
+        MergeError: an adapter is merged already, a weight is shared, the adapters cannot be combined, or files beside them do not fit.
         ConfigError: an option is invalid.
     """
     _check_options(adapters, dtype, onto, max_shard_size)
     base = base_of_checkpoint(checkpoint, kinds)
     ingredients = ingredients_of(checkpoint, base, adapters)
+    unmerged = _other_trained_files(checkpoint, ingredients, leave_out)
     order = order_note(ingredients)
     quantization = quantization_of(ingredients, base, onto)
     changes = requantized(changes_of(ingredients), quantization)
     warn_of_other_bases(ingredients, is_requantized=bool(quantization))
     separated = untied(changes, base)
     sidecars = sidecars_of(checkpoint, [ingredient.path for ingredient in ingredients])
+    if rows := [layer.shape[0] for layer in base.layers.values() if is_input_embedding(layer)]:
+        refuse_more_ids(sidecars.own, sidecars.from_adapter, max(rows))
     notes = [
         *(note for one in ingredients for note in (one.pairing.note, one.pairing.caveat)),
         order,
@@ -115,6 +121,7 @@ def plan_merge(
         if separated.needed
         else "",
         *_sidecar_notes(sidecars),
+        f"not merged (--leave-out): {', '.join(unmerged)}" if unmerged else "",
     ]
     layout = plan_layout(checkpoint, dtype=dtype, max_shard_size=max_shard_size, added=separated.added)
     rewritten = _rewritten(checkpoint, layout, sidecars, dtype, separated.needed)
@@ -139,12 +146,34 @@ def _check_options(adapters: Mapping[str | Path, float], dtype: str, onto: str |
         raise ConfigError(f"dtype: {dtype!r}; it can be {', '.join(sorted(ADAPTABLE))}")
 
 
+def _other_trained_files(checkpoint: Checkpoint, ingredients: Sequence[Ingredient], leave_out: Collection[str]) -> list[str]:
+    """Return the names of the files with other trained weights beside the adapters.
+
+    Raises:
+        MergeError: one of them is not to be left out.
+        ConfigError: one of `leave_out` is not beside an adapter.
+    """
+    weights = {header.path for header in checkpoint.headers}
+    found = [one.path / name for one in ingredients for name in other_trained_files(one.path) if one.path / name not in weights]
+    names = [path.name for path in found]
+    if missing := [name for name in leave_out if name not in names]:
+        raise ConfigError(f"leave out {missing[0]}: no such file with weights lies beside an adapter{near(missing[0], names)}")
+    for path in found:
+        if path.name not in leave_out:
+            raise MergeError(
+                f"{path}: trained weights beside the adapter, which a merge of the adapter does not include. The result would be half of "
+                f"what was trained; to leave them out: --leave-out {path.name}"
+            )
+    return names
+
+
 def _sidecar_notes(sidecars: Sidecars) -> list[str]:
     """Return a note for each kind of file that does not come from the base as it is."""
-    from_adapter, dropped = ", ".join(sidecars.from_adapter), ", ".join(sidecars.dropped)
+    from_adapter, dropped, of_adapter = (", ".join(names) for names in (sidecars.from_adapter, sidecars.dropped, sidecars.of_adapter))
     return [
         f"taken from the adapter, not the base: {from_adapter}" if from_adapter else "",
-        f"not copied, because the adapter's tokenizer_config.json has its own chat template: {dropped}" if dropped else "",
+        f"not copied, because the adapter's files replace this set of the base's: {dropped}" if dropped else "",
+        f"not copied, because transformers would load this adapter on top of the merged weights: {of_adapter}" if of_adapter else "",
     ]
 
 
