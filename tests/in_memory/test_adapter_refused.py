@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "forward on the instance": (_replaced_forward, "head", "head has a forward that was replaced on the instance"),
     "class with its own forward": (_own_forward, "embed", "embed is a OwnForward, whose forward is its own and not Embedding's"),
     "parametrization": (_parametrized, "mlp.0", r"mlp\.0.* has a weight that is computed, not stored"),
-    "projection of an attention": (lambda: encoder(), "out_proj", "out_proj belongs to a MultiheadAttention"),
+    "projection of an attention": (lambda: encoder(), "out_proj", "out_proj is bypassed: a MultiheadAttention reads its weight"),
     "max_norm": (lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 4)), "0", "0 has max_norm"),
     "quantized": (lambda: nn.Sequential(nn.Linear(4, 4).to(torch.float8_e4m3fn)), "0", "0 has a weight of type float8_e4m3fn"),
     "no such layer": (plain, "q_porj", "near names: .*q_proj"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -19,6 +19,7 @@ from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
 from torchgraft.in_memory import graft, merge, record
 from torchgraft.in_memory.optimizers import check_groups, make_optimizer
 from torchgraft.in_memory.parts import Part, SitePart, TrainedCopy
+from torchgraft.in_memory.places import check_in_place, replaced
 from torchgraft.in_memory.resize import check_change, check_resizable, resize_
 from torchgraft.in_memory.save import quantized_beside, saved_site
 from torchgraft.in_memory.step_watch import StepWatch
@@ -97,10 +98,12 @@ class Adapter:
 
     def count(self) -> Count:
         """Count the trained parameters and those of the whole model."""
+        self._check_attached()
         return Count(sum(p.numel() for p in self.parameters()), sum(p.numel() for p in self.model.parameters()))
 
     def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Return parameter groups for a torch optimizer, with the learning rates that the method sets."""
+        self._check_attached()
         groups = self.hooks.param_groups(adapter=self, lr=lr, weight_decay=weight_decay) or []
         groups = [{**group, "params": [p] if isinstance(p := group["params"], Tensor) else list(p)} for group in groups]
         if groups:
@@ -232,13 +235,17 @@ class Adapter:
             MergeError: the adapter cannot be unmerged (see `unmerge`), or `keep_merged` is given and it is not merged.
             AttachError: the adapter was detached already, or the call is within a block of `per_sample`.
         """
-        self._check_attached()
+        self._check_recorded()
         graft.check_no_routes(self.model, "detached")
         if keep_merged and not self.merged:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
         if self.merged and not keep_merged:
             self.unmerge()
-        for module, part in parts_by_module(self).values():
+        gone = replaced(self.model, self.name, (*self.parts, *self.copies))
+        if gone:
+            text = f"detached from the layers that are left; {', '.join(gone[:3])}{'…' if gone[3:] else ''} had been replaced"
+            warnings.warn(f"the adapter {self.name!r} is {text}", TorchgraftWarning, stacklevel=2)
+        for module, part in parts_by_module(self, without=gone).values():
             graft.detach(module, self.name)
             if part.undo is not None:
                 merge.forget(module, part.undo)
@@ -274,6 +281,15 @@ class Adapter:
         write(contents, Path(directory))
 
     def _check_attached(self) -> None:
+        """Check that the adapter is on its model, and every layer that it was attached to.
+
+        Raises:
+            AttachError: it was detached, or a layer was replaced.
+        """
+        self._check_recorded()
+        check_in_place(self.model, self.name, (*self.parts, *self.copies))
+
+    def _check_recorded(self) -> None:
         if adapters(self.model).get(self.name) is not self:
             raise AttachError(f"the adapter {self.name!r} was detached from its model; apply or load it again")
 
@@ -320,10 +336,10 @@ def check_switchable(adapter: Adapter) -> None:
     merge.check_switchable(adapter.name, parts_by_module(adapter))
 
 
-def parts_by_module(adapter: Adapter) -> dict[str, tuple[nn.Module, Part]]:
-    """Return the name of each adapted module → the module and the adapter's part on it."""
+def parts_by_module(adapter: Adapter, without: Container[str] = ()) -> dict[str, tuple[nn.Module, Part]]:
+    """Return the name of each adapted module → the module and the adapter's part on it, `without` some names."""
     parts: dict[str, Part] = {**adapter.parts, **adapter.copies}
-    return {name: (adapter.model.get_submodule(name), part) for name, part in parts.items()}
+    return {name: (adapter.model.get_submodule(name), part) for name, part in parts.items() if name not in without}
 
 
 def watch_steps(adapter: Adapter) -> None:

@@ -15,8 +15,8 @@ from torchgraft.in_memory import fast_paths, graft, record
 from torchgraft.in_memory.adapter import Adapter, adapters, parts_by_module, watch_steps
 from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts_of
 from torchgraft.kinds.kind import kind_of
+from torchgraft.layers.bypassed import bypassed_modules
 from torchgraft.layers.layer import Layer, is_inside
-from torchgraft.layers.of_module import modules_in_attention
 from torchgraft.layers.plan import configure, plan, site_of
 from torchgraft.method.config import Config, parse_config
 from torchgraft.method.site import Site, seed_of
@@ -136,13 +136,13 @@ def _site_parts(adapter: Adapter, configs: Mapping[str, Config], make: Make) -> 
 def _copies(adapter: Adapter) -> dict[str, TrainedCopy]:
     """Copy the fully trained modules. A module with two names is copied once."""
     model, copies = adapter.model, dict[str, TrainedCopy]()
-    in_attention = modules_in_attention(model)
+    bypassed = bypassed_modules(model)
     names: dict[nn.Module, str] = {}
     for name in _runnable(model, adapter.plan.trained):
         names.setdefault(model.get_submodule(name), name)
     for module, name in names.items():
         graft.check_can_attach(adapter.name, name, module)
-        fast_paths.check_forward_runs(name, module, in_attention)
+        fast_paths.check_forward_runs(name, module, bypassed)
         _check_trainable(name, module)
         copies[name] = TrainedCopy(module, _trainable_copy(module))
     return copies

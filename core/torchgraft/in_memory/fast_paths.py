@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -15,21 +15,19 @@ def modules_in_fused_layers(model: nn.Module) -> set[nn.Module]:
     return {child for layer in layers for child in layer.modules()}
 
 
-def check_forward_runs(name: str, module: nn.Module, in_attention: Container[nn.Module]) -> None:
+def check_forward_runs(name: str, module: nn.Module, bypassed: Mapping[nn.Module, str]) -> None:
     """Check that the module's forward is called, so that an adapter on it takes effect.
 
     Args:
-        in_attention: the result of `layers.of_module.modules_in_attention`.
+        bypassed: the result of `bypassed_modules`.
 
     Raises:
         AttachError: nothing calls the forward of the module's class, so an adapter would be bypassed.
     """
     if "forward" in module.__dict__:
         raise AttachError(f"{name}: its forward was replaced on the instance (by accelerate's hooks?), which would bypass the adapter")
-    if module in in_attention:
-        raise AttachError(
-            f"{name}: it belongs to a MultiheadAttention, which reads its weight and bypasses its forward; train the attention module fully"
-        )
+    if module in bypassed:
+        raise AttachError(f"{name}: it {bypassed[module]}; train the module that contains it fully")
 
 
 def stop_nesting(model: nn.Module) -> list[nn.TransformerEncoder]:

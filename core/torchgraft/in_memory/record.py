@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from torchgraft.in_memory import fast_paths
+from torchgraft.in_memory.places import check_in_place
 from torchgraft.kinds import quantized
+from torchgraft.kinds.kind import traced
 
 STATE = "_torchgraft"
 """Name of the model's attribute that holds its `Record`. It is a plain attribute, so `deepcopy` and `pickle` copy it with the model."""
@@ -26,6 +29,8 @@ class Record:
     """The encoders that used nested tensors."""
     repacking: list[nn.Module] = field(default_factory=list)
     """The 4-bit layers that could be repacked in eval."""
+    hook: RemovableHandle | None = None
+    """Handle of `_before_forward`."""
 
 
 def adapters_on(model: nn.Module) -> dict[str, Any]:
@@ -40,7 +45,16 @@ def freeze(model: nn.Module) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     nested = fast_paths.stop_nesting(model)
-    setattr(model, STATE, Record(trainable=trainable, nested=nested, repacking=quantized.stop_repacking(model)))
+    hook = model.register_forward_pre_hook(_before_forward)
+    setattr(model, STATE, Record(trainable=trainable, nested=nested, repacking=quantized.stop_repacking(model), hook=hook))
+
+
+def _before_forward(model: nn.Module, args: Any) -> None:
+    """Forward pre-hook: all adapters that are active must be in place."""
+    if not traced():
+        for name, adapter in adapters_on(model).items():
+            if adapter.active:
+                check_in_place(model, name, (*adapter.parts, *adapter.copies))
 
 
 def add(model: nn.Module, name: str, adapter: Any) -> None:
@@ -59,4 +73,6 @@ def remove(model: nn.Module, name: str) -> None:
     for encoder in record.nested:
         encoder.use_nested_tensor = True
     quantized.let_repack(record.repacking)
+    if record.hook is not None:
+        record.hook.remove()
     delattr(model, STATE)

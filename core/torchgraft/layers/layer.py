@@ -8,6 +8,8 @@ from functools import cached_property
 
 from torchgraft.layers.roles import role_of
 
+BYPASSED = "is bypassed: {} reads its weight and does not call its forward, so an adapter would have no effect"
+"""Reason for which a layer cannot be adapted; takes the owner of the layer."""
 HEAD = "lm_head"
 """The output head of transformers' plain language models."""
 

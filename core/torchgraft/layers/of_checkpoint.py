@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchgraft.checkpoint.header import TensorEntry
 from torchgraft.checkpoint.packed import UNPACKED
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.dtypes import ADAPTABLE
 from torchgraft.errors import FileFormatError, SelectionError, near
-from torchgraft.layers.layer import HEAD, Layer
+from torchgraft.layers.layer import BYPASSED, HEAD, Layer
 from torchgraft.layers.roles import ATTENTION_LEAVES, EMBEDDING_LEAVES, HEADS, MLP_LEAVES
 from torchgraft.layers.selection import name_matcher
 
@@ -55,6 +55,16 @@ OWN_FORWARD = (
 )
 """(model_type, layer): embeddings that scale or shift what they look up, so the output does not change by the weight's change itself."""
 
+BYPASSED_LEAVES = {
+    **dict.fromkeys(["mamba", "falcon_mamba"], ("out_proj", "dt_proj")),
+    **dict.fromkeys(["mamba2", "falcon_h1", "nemotron_h", "zamba2", "granitemoehybrid", "bamba"], ("out_proj",)),
+    "jamba": ("dt_proj",),
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+"""model_type → names of the layers of which the model reads the weight and does not call the forward."""
+BYPASSED_ANYWHERE = ("conv1d", "conv_1d")
+"""The same, in the mixers of all models that have such a layer."""
+
 MAX_DEPTH = 64
 """Largest depth of nested modules. Real models stay below 20; walking the tree costs time and memory per level."""
 
@@ -79,8 +89,25 @@ def layers_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None
             if entry.name not in checkpoint.shadowed:
                 owners[module][leaf] = entry
     model_type = str(checkpoint.config.get("model_type", ""))
+    leaves = {leaf for name in _model_types(checkpoint.config) for leaf in BYPASSED_LEAVES.get(name, ())}
     layers = [_layer(name, tensors, model_type) for name, tensors in owners.items()]
+    layers = [_unless_bypassed(layer, owners, (*leaves, *BYPASSED_ANYWHERE)) for layer in layers]
     return _overridden(_with_ties(layers, checkpoint), kinds or {})
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    """Return the model_type of the model and of its parts, such as the language model of a multimodal one."""
+    return {str(part.get("model_type")) for part in (config, *config.values()) if isinstance(part, Mapping)}
+
+
+def _unless_bypassed(layer: Layer, owners: Mapping[str, Mapping[str, TensorEntry]], leaves: Container[str]) -> Layer:
+    """Return the layer without a kind if the model reads its weight and does not call its forward."""
+    parent, _, leaf = layer.name.rpartition(".")
+    in_attention = leaf == "out_proj" and not owners.get(parent, {}).keys().isdisjoint(("in_proj_weight", "q_proj_weight"))
+    if layer.has_weight and (in_attention or leaf in leaves):
+        owner = "a MultiheadAttention" if in_attention else "the model"
+        return replace(layer, kind=None, is_open=False, reason=BYPASSED.format(owner))
+    return layer
 
 
 def module_names(checkpoint: Checkpoint) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchgraft import dtypes
 from torchgraft.kinds.kind import CHILD, Kind, carries_adapters, kind_of
+from torchgraft.layers.bypassed import bypassed_modules
 from torchgraft.layers.layer import Layer, is_inside
 
 
@@ -18,11 +19,11 @@ def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in named_base_modules(model):
         names[module].append(name)
-    inside_attention = modules_in_attention(model)
+    bypassed = bypassed_modules(model)
     owners = {module: found for module, found in names.items() if any(p is not None for p in module._parameters.values())}
     tied = _tied(owners)
     counted: set[int] = set()
-    return [_layer(module, found, tied.get(module, ()), kinds, module in inside_attention, counted) for module, found in owners.items()]
+    return [_layer(module, found, tied.get(module, ()), kinds, bypassed.get(module, ""), counted) for module, found in owners.items()]
 
 
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -54,17 +55,12 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in module.state_dict().items() if not is_inside(key, added)}
 
 
-def modules_in_attention(model: nn.Module) -> set[nn.Module]:
-    """Return the children of every nn.MultiheadAttention: it reads their weights and never calls their forward."""
-    return {child for module in model.modules() if isinstance(module, nn.MultiheadAttention) for child in module.children()}
-
-
-def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tuple[Kind, ...], fused: bool, counted: set[int]) -> Layer:
+def _layer(module: nn.Module, names: list[str], tied: tuple[str, ...], kinds: tuple[Kind, ...], bypassed: str, counted: set[int]) -> Layer:
     own = {key: tensor for key, tensor in module._parameters.items() if tensor is not None}
     weight = own.get("weight", max(own.values(), key=lambda tensor: tensor.numel()))
     kind, reason = kind_of(module, kinds)
-    if fused and kind is not None:
-        kind, reason = None, "belongs to a MultiheadAttention, which reads its weight and bypasses its forward"
+    if bypassed and kind is not None:
+        kind, reason = None, bypassed
     shape = kind.shape_of(module) if kind else tuple(weight.shape)
     new = [tensor for tensor in own.values() if _identity(tensor) not in counted]  # a tied weight is counted once, at its first layer
     counted.update(map(_identity, new))
