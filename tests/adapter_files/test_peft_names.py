@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 import models
 import torchgraft as tg
 from torchgraft.adapter_files import peft_names
-from torchgraft.errors import PairingError
 from torchgraft.layers.layer import Layer
 
 # What PEFT says on its own account: none of it is about the adapter's file.
@@ -330,12 +329,6 @@ def test_whole_modules_whose_names_end_alike_are_read_by_peft(saved: list[str], 
         torch.testing.assert_close(again(X), model(X), **CLOSE)
         if record:
             record.unlink()
-
-
-@pytest.mark.parametrize("expression", [r"(\w+\.?)+!", "(a|a)*b", "((x+)y)*", r"(?:\w|\.)+", "(a{2,})+", "(a|b){3}"])
-def test_an_expression_that_may_take_for_ever_is_refused(expression):
-    with pytest.raises(PairingError, match="can take forever"):
-        peft_names.pattern_value({expression: 1}, "model.layers.0." + "a" * 60, 2)
 
 
 @pytest.mark.parametrize("expression", [r".*\.(q|v)_proj", r"model\.layers\.(1|2|3)\..*", "(q)+_proj", r"[(+)]+x", r"\(a+\)+", "(a|b)?c"])

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 from torchgraft.errors import PairingError
 from torchgraft.layers.layer import Layer, is_inside
 from torchgraft.layers.roles import LINEAR_KINDS
+from torchgraft.patterns import match
 
 PREFIX = "base_model.model."
 
@@ -59,7 +60,7 @@ def pattern_value(pattern: Mapping[str, Any], site: str, default: Any) -> Any:
         PairingError: a key is not a regular expression.
     """
     for key, value in pattern.items():
-        if _match(re.match, rf"(.*\.)?({key})$", site, key):
+        if _match(key, site, (r"(.*\.)?(", ")$")):
             return value
     return pattern.get(site, default)
 
@@ -88,16 +89,16 @@ def saved_modules(wanted: Sequence[str], modules: Iterable[str]) -> list[str]:
 
 def in_saved_module(peft: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT does not target `name` because it is in a fully trained module; PEFT reads the names as regular expressions."""
-    return any(_match(re.match, expression, name, shown) for shown, expression in _saved(tuple(peft.get("modules_to_save") or ())))
+    return any(_match(saved, name, around) for saved, around in _saved(tuple(peft.get("modules_to_save") or ())))
 
 
 @lru_cache(maxsize=8)
-def _saved(wanted: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Return (text for messages, expression) for `modules_to_save`. Plain names, possibly hundreds, share one expression."""
+def _saved(wanted: tuple[str, ...]) -> list[tuple[str, tuple[str, str]]]:
+    """Return (expression, what stands around it) for `modules_to_save`. Plain names, possibly hundreds, share one expression."""
+    before, after = r"(^|.*\.)", r"($|\..*)"
     plain = [saved for saved in wanted if re.fullmatch(r"[\w.]+", saved)]
-    joined = [("|".join(plain), f"(?:{'|'.join(plain)})")] if plain else []
-    others = [(saved, saved) for saved in wanted if saved not in plain]
-    return [(shown, rf"(^|.*\.){body}($|\..*)") for shown, body in (*joined, *others)]
+    joined = [("|".join(plain), (f"{before}(?:", f"){after}"))] if plain else []
+    return [*joined, *((saved, (before, after)) for saved in wanted if saved not in plain)]
 
 
 def _named(wanted: Any, name: str) -> bool:
@@ -105,41 +106,19 @@ def _named(wanted: Any, name: str) -> bool:
         return False
     if not isinstance(wanted, str):
         return _is_suffix(name, wanted)
-    return _match(re.fullmatch, wanted, name, wanted) is not None
+    return _match(wanted, name) is not None
 
 
-def _match(match: Callable[[str, str], re.Match[str] | None], expression: str, name: str, shown: str) -> re.Match[str] | None:
-    _check_repeats(shown)
-    try:
-        return match(expression, name)
-    except re.error as error:
-        raise PairingError(f"adapter_config.json: {shown!r} is not a regular expression: {error}") from None
-
-
-@cache
-def _check_repeats(expression: str) -> None:
-    """Refuse a repeated group that contains a repeat or a choice, `(a+)+` or `(a|a)*`, because a failed match can take forever.
+def _match(expression: str, name: str, around: tuple[str, str] | None = None) -> Any:
+    """Match an expression of adapter_config.json with a name.
 
     Raises:
-        PairingError: it has such a group.
+        PairingError: the expression is invalid, or takes too long.
     """
-    groups, closed = [False], False  # per open group, and for the group that just ended: whether it contains a repeat or a choice
-    plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "x", expression)
-    for place, character in enumerate(plain):
-        is_repeat = character in "*+" or (character == "{" and plain[place + 1 : place + 2].isdigit())
-        if is_repeat and closed:
-            raise PairingError(
-                f"adapter_config.json: {expression!r} repeats a group that contains a repeat or a choice, which can take forever; "
-                "rewrite it without nested repeats"
-            )
-        closed = False
-        if character == "(":
-            groups.append(False)
-        elif character == ")" and len(groups) > 1:
-            closed = groups.pop()
-            groups[-1] |= closed
-        elif is_repeat or character == "|":
-            groups[-1] = True
+    try:
+        return match(expression, name, around=around)
+    except PairingError as error:
+        raise PairingError(f"adapter_config.json: {error}") from None
 
 
 def _is_suffix(name: str, candidates: Iterable[str]) -> bool:
@@ -153,6 +132,7 @@ def _in_blocks(peft: Mapping[str, Any], name: str) -> bool:
     wanted = [blocks] if isinstance(blocks, int) else list(blocks)
     containers = peft.get("layers_pattern") or []
     containers = [containers] if isinstance(containers, str) else containers
-    forms = [rf"(?:^|.*?\.){container}\.(\d+)\." for container in containers] or [r".*?\.[^.]*\.(\d+)\."]
-    first = next((match for form in forms if (match := _match(re.match, form, name, "layers_pattern"))), None)
-    return first is not None and int(first[1]) in wanted
+    forms = [(container, (r"(?:^|.*?\.)", r"\.(\d+)\.")) for container in containers] or [("", (r".*?\.[^.]*", r"\.(\d+)\."))]
+    first = next((found for form in forms if (found := _match(form[0], name, form[1]))), None)
+    number = first[1] if first is not None else None
+    return number is not None and number.isdecimal() and int(number) in wanted
