@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -14,6 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torchgraft.errors import FileFormatError, TorchgraftWarning
+
+LONG = re.compile(r"\d{19}")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Progress = Callable[[int, int], None]
 """A callback (bytes just written, bytes in total)."""
@@ -132,7 +136,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def json_bytes(document: Any) -> bytes:
-    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode(
+        errors="replace"
+    )  # a path can be no valid Unicode
 
 
 def _sync_tree(directory: Path) -> None:
@@ -160,8 +166,11 @@ def copy_into(source: Path, target: Path) -> None:
     shutil.copy(source, target)
 
 
-def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, missing_ok: bool = False, any_text: bool = False) -> dict[str, Any]:
     """Return the JSON object in `path`; with `missing_ok`, an empty one if there is no such file.
+
+    Args:
+        any_text: accept strings that are not valid Unicode, as vocabularies can contain.
 
     Raises:
         FileFormatError: the file is missing, not a regular file or not a JSON object.
@@ -169,7 +178,7 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise FileFormatError(f"{path}: not a regular file")  # reading a pipe would block
-        document = json.loads(path.read_bytes())
+        document = _parsed(path.read_bytes(), any_text)
     except FileNotFoundError:
         if missing_ok:
             return {}
@@ -179,6 +188,29 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise FileFormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
     return document
+
+
+def _parsed(data: bytes, any_text: bool) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: it is not valid, a whole number has more than 64 bits, or a string has half of a surrogate pair.
+    """
+    text = data.decode(json.detect_encoding(data))
+    document = json.loads(text, parse_int=_within_64_bits) if LONG.search(text) else json.loads(text)
+    if not any_text and SURROGATE.search(text):
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string in it is not valid Unicode") from None
+    return document
+
+
+def _within_64_bits(digits: str) -> int:
+    number = int(digits)
+    if abs(number) >= 1 << 64:
+        raise ValueError(f"the number {digits[:20]}… has more than 64 bits")
+    return number
 
 
 def leaves_directory(name: str) -> bool:

@@ -42,10 +42,10 @@ def match(expression: str, text: str, *, around: tuple[str, str] | None = None) 
     Raises:
         PairingError: the expression is invalid, or takes too long.
     """
-    complete = expression.join(around or ("", ""))
     if PLAIN.fullmatch(expression):
+        complete = expression.join(around or ("", ""))
         return re.match(complete, text) if around else re.fullmatch(complete, text)
-    compiled = _compiled(complete)
+    compiled = _compiled(expression, around or ("", ""))
     start = time.monotonic()
     try:
         left = ALLOWED - _recent(start)
@@ -66,7 +66,7 @@ def _recent(now: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(expression: str) -> regex.Pattern[str]:
+def _compiled(expression: str, around: tuple[str, str]) -> regex.Pattern[str]:
     import regex  # takes 20 ms, and few adapters need it
 
     if prod(max(1, int(number[-5:])) for pair in COUNTED.findall(expression) for number in pair if number) > REPEATS:
@@ -74,8 +74,8 @@ def _compiled(expression: str) -> regex.Pattern[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)  # of sets that a later version will read in another way
-            re.compile(expression)
-        return regex.compile(_without_extensions(expression))
+            re.compile(expression.join(around))
+        return regex.compile(_without_extensions(expression.join(around)))
     except (re.error, regex.error, FutureWarning, OverflowError) as error:
         raise PairingError(f"{_shown(expression)} is not a regular expression: {error}") from None
     except RecursionError:

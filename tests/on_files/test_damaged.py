@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import torchgraft as tg
 from small_checkpoint import merge_one_layer
+from torchgraft.on_files.merge_record import checksum
 
 
 @pytest.fixture
@@ -46,6 +48,11 @@ def test_damaged_corrections_are_refused(tmp_path: Path, merged: Path) -> None:
 @pytest.mark.parametrize("change", [{"adapters": "x"}, {"adapters": [{}]}, {"earlier": 3}, {"sites": {"q_proj": {"kind": 3}}}])
 def test_a_malformed_merge_record_is_the_users_error(tmp_path: Path, merged: Path, change: dict[str, object]) -> None:
     record = json.loads((merged / "torchgraft_merge.json").read_text())
-    (merged / "torchgraft_merge.json").write_text(json.dumps(record | change))
-    with pytest.raises(tg.FileFormatError, match=r"torchgraft_merge\.json: invalid record: (adapters|earlier|sites)"):
-        tg.merge_checkpoint(merged, tmp_path / "adapter", tmp_path / "out")
+    for document, says in ((record | change, "it changed after the merge"), (signed(record | change), "(adapters|earlier|sites)")):
+        (merged / "torchgraft_merge.json").write_text(json.dumps(document))
+        with pytest.raises(tg.FileFormatError, match=rf"torchgraft_merge\.json: invalid record: {says}"):
+            tg.merge_checkpoint(merged, tmp_path / "adapter", tmp_path / "out")
+
+
+def signed(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"checksum": checksum(record)}

@@ -13,9 +13,7 @@ import torchgraft as tg
 from references import all_tensors, tree
 from small_checkpoint import Small, make_adapter, write_model
 from torchgraft.errors import MergeError, TorchgraftError
-from torchgraft.on_files import origin
 from torchgraft.rewriting import file_tensors
-from torchgraft.rewriting.file_tensors import FileTensor
 from torchgraft.rewriting.workers import StoppedError, Workers
 
 
@@ -138,8 +136,7 @@ def test_a_hash_that_another_workers_failure_stopped_is_not_taken_for_a_wrong_on
     (tmp_path / "file").write_bytes(bytes(8))
     workers = Workers()
     with (tmp_path / "file").open("rb") as file:
-        tensor = FileTensor(file.fileno(), 0, (8,), "uint8", "x")
-        assert origin._digest(tensor, workers) == hashlib.sha256(bytes(8)).hexdigest()
+        assert workers.digest(file.fileno(), 0, 8, "x") == hashlib.sha256(bytes(8)).hexdigest()
         workers._stop.set()
         with pytest.raises(StoppedError):
-            origin._digest(tensor, workers)
+            workers.digest(file.fileno(), 0, 8, "x")

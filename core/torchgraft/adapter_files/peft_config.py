@@ -49,6 +49,8 @@ def check_peft_config(path: Path, peft: Mapping[str, Any]) -> None:
     for key, expected in PEFT_TYPES.items():
         value = peft.get(key)
         names = value if isinstance(value, list) and key != "layers_to_transform" else []
-        sound = isinstance(value, expected) and all(isinstance(name, str) for name in names)
+        sound = (
+            isinstance(value, expected) and (type(value) is not bool or expected is bool) and all(isinstance(name, str) for name in names)
+        )
         if not sound and (value is not None or (key in NEEDED and key in peft)):
             raise FileFormatError(f"{path}: {key} = {value!r} is not what PEFT writes there")

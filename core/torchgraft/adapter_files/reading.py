@@ -107,7 +107,9 @@ class AdapterFiles:
             raise FileFormatError(
                 f"{self.tensor_file}: not readable as tensors only ({type(error).__name__}); save the adapter as safetensors"
             ) from error
-        if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        if not isinstance(loaded, Mapping) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+        ):
             raise FileFormatError(f"{self.tensor_file}: expected a map from names to tensors")
         return dict(loaded)
 

@@ -93,6 +93,8 @@ def _of_base(checkpoint: Checkpoint) -> tuple[dict[str, Path], tuple[str, ...]]:
         relative = path.relative_to(checkpoint.root)
         if path in weights or relative.parts[0] in (RECORD, UNDO):
             continue
+        if not _is_unicode(path.name):
+            raise FileFormatError(f"{path}: the name of this file is not valid UTF-8; rename it")
         if not path.exists():
             raise FileFormatError(f"{path}: a link to a missing file; download or copy it again")
         if relative.as_posix() in OF_ADAPTER or not _is_other_form(relative):
@@ -125,6 +127,14 @@ def _files(root: Path) -> list[Path]:
                 entered.append(name)
         inside[:] = entered
     return sorted(found)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _raise(error: OSError) -> None:

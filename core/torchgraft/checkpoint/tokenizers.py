@@ -102,7 +102,7 @@ def _largest_id(path: Path) -> int:
         return len(path.read_bytes().splitlines()) - 1
     if path.name not in ("tokenizer.json", "vocab.json", "added_tokens.json"):
         return -1
-    document = read_json(path)
+    document = read_json(path, any_text=True)
     if path.name != "tokenizer.json":
         return _largest(document.values())
     model, added = document.get("model"), document.get("added_tokens")
@@ -116,7 +116,7 @@ def _largest(ids: Iterable[object]) -> int:
 
 
 def _template_in_config(files: Mapping[str, Path]) -> bool:
-    return TOKENIZER_CONFIG in files and bool(read_json(files[TOKENIZER_CONFIG]).get("chat_template"))
+    return TOKENIZER_CONFIG in files and bool(read_json(files[TOKENIZER_CONFIG], any_text=True).get("chat_template"))
 
 
 def _any(names: Iterable[str], patterns: Iterable[str]) -> bool:

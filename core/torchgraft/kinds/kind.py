@@ -211,6 +211,8 @@ def _own_ways(module: nn.Module, kind: Kind, base: type[nn.Module]) -> str:
         return "has a weight that is computed, not stored (a parametrization?)"
     if not kind.quantized and dtypes.name_of(weight.dtype) not in dtypes.ADAPTABLE:
         return f"has a weight of type {dtypes.name_of(weight.dtype)}, which is quantized"
+    if 0 in weight.shape:
+        return f"has an empty weight of shape {list(weight.shape)} (sharded by ZeRO-3?)"
     if "forward" in module.__dict__:
         return "has a forward that was replaced on the instance (by accelerate's hooks?), which would bypass the adapter"
     plain = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__ and CARRIER not in cls.__dict__)

@@ -166,6 +166,8 @@ def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Ver
     leaf = segments[-1]
     if dtype not in ADAPTABLE:
         return Verdict(reason=f"is quantized: weight has the type {dtype}; {UNQUANTIZED}")
+    if 0 in shape:
+        return Verdict(reason=f"has an empty weight of shape {list(shape)}")
     if any(fnmatchcase(name, pattern) for pattern in _own_forwards(model_type)):
         return Verdict(reason="is an embedding with its own forward, which scales or shifts what it looks up")
     if "experts" in segments or leaf in ("gate", "router"):
@@ -261,7 +263,7 @@ def _overridden(layers: list[Layer], kinds: Mapping[str, str]) -> list[Layer]:
 
 
 def _with_kind(layer: Layer, kind: Kind) -> Layer:
-    if layer.dtype not in ADAPTABLE or not layer.has_weight:
+    if layer.dtype not in ADAPTABLE or not layer.has_weight or 0 in layer.shape:
         raise SelectionError(f"{layer.name}: it cannot be a {kind.name}: it {layer.reason or 'has no tensor called weight'}")
     if not kind.fits(layer.shape):
         raise SelectionError(f"{layer.name}: it cannot be a {kind.name}: its weight has the shape {list(layer.shape)}")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchgraft import dtypes
+from torchgraft.arithmetic import exact
 from torchgraft.arithmetic.exact import Correction, Numbers
 from torchgraft.checkpoint.header import dump_header
 from torchgraft.checkpoint.reading import Checkpoint, open_checkpoint
@@ -112,26 +113,54 @@ class UndoReader:
             if own and number.isdecimal() and len(number) < 9:
                 self._needed.setdefault(name, []).append((int(number), own, key))
 
-    def read(self, name: str, adapters: int) -> TensorUndo:
+    def read(self, name: str, adapters: int, rows: int, tallest: int, stored: torch.dtype) -> TensorUndo:
+        """Read the corrections of one tensor.
+
+        Args:
+            adapters: number of adapters on it.
+            rows: its canonical rows, which the blocks must cover.
+            tallest: the most rows that one block may have.
+            stored: its dtype in the base.
+        """
+        dtypes_ = {"blocks": "int64", "gap": "uint8", "step": "int8", "wide": dtypes.name_of(exact.BITS[stored.itemsize])}
         try:
-            table, gap, step, wide = (self._checkpoint.read(f"{name}#{label}").numpy() for label in ("blocks", "gap", "step", "wide"))
-            blocks = list(_cut(table.tolist(), gap, step, wide))
+            for label, dtype in dtypes_.items():
+                entry = self._checkpoint.tensors[f"{name}#{label}"]
+                if entry.dtype != dtype or len(entry.shape) != 1 + (label == "blocks") or entry.shape[1:] not in ((), (4,)):
+                    raise ValueError
+            table, gap, step, wide = (self._checkpoint.read(f"{name}#{label}").numpy() for label in dtypes_)
+            blocks = list(_cut(table.tolist(), gap, step, wide, rows, tallest))
             needed: list[dict[str, Tensor]] = [{} for _ in range(adapters)]
             for number, own, key in self._needed.get(name, []):
                 needed[number][own] = self._checkpoint.read(key)
         except (KeyError, IndexError, ValueError):
-            raise FileFormatError(f"{self._path}: the data of {name!r} is incomplete; copy the merged directory again") from None
+            raise FileFormatError(f"{self._path}: the data of {name!r} is incomplete or wrong; copy the merged directory again") from None
         return TensorUndo(blocks, needed)
 
 
-def _cut(table: Sequence[Sequence[int]], gap: Numbers, step: Numbers, wide: Numbers) -> Iterator[tuple[slice, Correction]]:
+def _cut(
+    table: Sequence[Sequence[int]], gap: Numbers, step: Numbers, wide: Numbers, rows: int, tallest: int
+) -> Iterator[tuple[slice, Correction]]:
+    """Yield each block of rows and its correction.
+
+    Raises:
+        ValueError: the blocks do not cover the rows one after the other, or have other parts than the file.
+    """
+    if (table[-1][0] if table else 0) != rows:
+        raise ValueError
     first, places = 0, [0, 0, 0]
     for last, *lengths in table:
         ends = [place + length for place, length in zip(places, lengths, strict=True)]
-        if last <= first or min(lengths) < 0 or any(end > len(part) for end, part in zip(ends, (gap, step, wide), strict=True)):
+        if (
+            not first < last <= first + tallest
+            or min(lengths) < 0
+            or any(end > len(part) for end, part in zip(ends, (gap, step, wide), strict=True))
+        ):
             raise ValueError
         yield (
             slice(first, last),
             Correction(*(part[begin:end] for part, begin, end in zip((gap, step, wide), places, ends, strict=True))),
         )
         first, places = last, ends
+    if places != [len(gap), len(step), len(wide)]:
+        raise ValueError

@@ -7,6 +7,7 @@ unmerge needs.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Collection, Mapping
@@ -35,7 +36,7 @@ from torchgraft.errors import MergeError, TorchgraftWarning
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 from torchgraft.on_files.merge_changes import Onto
 from torchgraft.on_files.merge_plan import MergePlan, plan_merge
-from torchgraft.on_files.merge_record import ADAPTERS, BASE, CORRECTIONS, FORMAT, HEADERS, adapters_in
+from torchgraft.on_files.merge_record import ADAPTERS, BASE, CHECKSUM, CORRECTIONS, FORMAT, HEADERS, adapters_in, checksum
 from torchgraft.rewriting.digests import digesting
 from torchgraft.version import __version__
 
@@ -156,7 +157,8 @@ def _carry_out(run: MergeRun, target: Path, model: str, verify: bool, undo: bool
         if undo:
             _write_undo(plan, directory)
         record = _record(plan, model, digests, CHECKED if verify else "", undo) | {"changed": run.changed}
-        (directory / RECORD).write_bytes(json_bytes(record))
+        record = json.loads(json_bytes(record))  # as it will be read: a path that is no valid Unicode is not kept as it is
+        (directory / RECORD).write_bytes(json_bytes(record | {CHECKSUM: checksum(record)}))
         report = _report(plan, target, verify, _size(directory / UNDO))
         entries = {placed.name: prod(placed.shape) for placed in plan.layout.tensors}
         shares = {name: count / max(1, entries[name]) for name, count in sorted(run.changed.items())}

@@ -8,19 +8,23 @@ torchgraft_undo/corrections.safetensors   the differences between the base and w
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.adapter_files.record import Entry, validated
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.checkpoint.sidecars import RECORD
-from torchgraft.disk import leaves_directory, read_json
+from torchgraft.disk import json_bytes, leaves_directory, read_json
 from torchgraft.errors import FileFormatError, MergeError
-from torchgraft.hashes import sha256_of_file
+from torchgraft.hashes import sha256_of_bytes, sha256_of_file
 
-FORMAT = 2
+FORMAT = 3
+WITHOUT_CHECKSUM = 2
+"""An earlier format, which is still read."""
 ADAPTERS, HEADERS, BASE = "adapters", "headers", "base"
+CHECKSUM = "checksum"
 CORRECTIONS = "corrections.safetensors"
 
 
@@ -69,9 +73,16 @@ def read_record(checkpoint: Checkpoint) -> MergeRecord | None:
     document = read_json(path, missing_ok=True)
     if not document:
         return None
-    if document.get("format") != FORMAT:
+    if document.get("format") not in (FORMAT, WITHOUT_CHECKSUM):
         raise FileFormatError(f"{path}: format {document.get('format')!r}; this version reads {FORMAT}: upgrade torchgraft")
+    if document["format"] == FORMAT and document.get(CHECKSUM) != checksum(document):
+        raise FileFormatError(f"{path}: invalid record: it changed after the merge (its checksum differs); copy the merged directory again")
     return validated(MergeRecord, path, document)
+
+
+def checksum(document: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record without its checksum, so that a changed or lost entry is noticed."""
+    return sha256_of_bytes(json_bytes({key: value for key, value in document.items() if key != CHECKSUM}))
 
 
 def adapters_in(checkpoint: Checkpoint) -> list[str]:
@@ -96,6 +107,27 @@ def refuse_merged(checkpoint: Checkpoint, files: AdapterFiles) -> None:
     """
     if problem := merged_already(checkpoint, files):
         raise MergeError(problem)
+
+
+def check_names(path: Path, record: MergeRecord) -> None:
+    """Check the names of files that the record, read from `path`, states.
+
+    Raises:
+        FileFormatError: it has no weight file, one that is not called .safetensors, or a name twice in different spellings.
+    """
+    if not record.headers:
+        raise FileFormatError(f"{path}: invalid record: it names no weight file of the base")
+    names = [*record.headers, *record.original_files]
+    for name in names:
+        if name != PurePosixPath(name).as_posix() or name.endswith(".safetensors") < (name in record.headers):
+            raise FileFormatError(f"{path}: invalid record: {name!r} cannot be a weight file's name or another file's")
+    if len(set(names)) < len(names) or any(parent in names for name in names for parent in _parents(name)):
+        raise FileFormatError(f"{path}: invalid record: it names one file twice")
+
+
+def _parents(name: str) -> list[str]:
+    """Return the directories that the path implies."""
+    return [parent.as_posix() for parent in PurePosixPath(name).parents if parent.name]
 
 
 def inside(directory: Path, name: str) -> Path:

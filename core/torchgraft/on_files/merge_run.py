@@ -23,7 +23,6 @@ from torchgraft.on_files.merge_changes import Change
 from torchgraft.on_files.merge_plan import MergePlan
 from torchgraft.pairing.pairing import PairedSite
 from torchgraft.pairing.tensors import AdapterTensors
-from torchgraft.rewriting.digests import digest_range
 from torchgraft.rewriting.file_tensors import FileBlocks, FileTensor, blocks_of, copy_bytes
 from torchgraft.rewriting.workers import Workers, opened, start_files
 
@@ -99,7 +98,7 @@ class MergeRun:
             else:
                 digest = self._rewrite(source, target, placed, digest, workers, undo if placed.name == placed.source else None)
             begin, end = source.begin, source.begin + source.nbytes
-            return digest or digest_range(source.descriptor, begin, end, source.where, workers.stopped)
+            return digest or workers.digest(source.descriptor, begin, end, source.where)
 
     def _rewrite(
         self, source: FileTensor, target: FileTensor, placed: Placed, digest: str, workers: Workers, undo: UndoWriter | None

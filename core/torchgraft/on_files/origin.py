@@ -26,9 +26,11 @@ from torchgraft.pairing.pairing import PairedSite, Pairing
 from torchgraft.pairing.tensors import AdapterTensors
 from torchgraft.plugin.method_hooks import MethodHooks
 from torchgraft.plugin.registry import registry
-from torchgraft.rewriting.digests import digest_range
 from torchgraft.rewriting.file_tensors import FileTensor, blocks_of, copy_bytes
-from torchgraft.rewriting.workers import StoppedError, Workers
+from torchgraft.rewriting.workers import Workers
+
+TALLER = 4
+"""How many times as tall as here the blocks of another version may be."""
 
 
 class Origin(Protocol):
@@ -45,8 +47,8 @@ class Origin(Protocol):
     def is_restored(self, name: str) -> bool:
         """Whether the tensor is computed from the merged one, and not copied."""
 
-    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> str:
-        """Write one tensor of the base, and return the hash of what was written."""
+    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> None:
+        """Write one tensor of the base."""
 
     def refused(self, name: str) -> MergeError:
         """Return the error for a tensor whose hash is not that of the base."""
@@ -64,8 +66,8 @@ class BaseOrigin:
     def is_restored(self, name: str) -> bool:
         return False
 
-    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> str:
-        return _copied(source, target, workers)
+    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> None:
+        _copy(source, target, workers)
 
     def refused(self, name: str) -> MergeError:
         return MergeError(
@@ -97,25 +99,34 @@ class MergedOrigin:
     def is_restored(self, name: str) -> bool:
         return name in self._undo.names
 
-    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> str:
+    def write(self, source: FileTensor, target: FileTensor, placed: Placed, workers: Workers) -> None:
         if not self.is_restored(placed.name):
-            return _copied(source, target, workers)
+            _copy(source, target, workers)
+            return
         sites = self._sites.get(placed.name, [])
-        undo = self._undo.read(placed.name, len(sites))
+        merge = TensorMerge(placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites))
+        blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
+        rows, tallest = (
+            blocks.rows[-1].stop if blocks.rows else 0,
+            TALLER * max((each.stop - each.start for each in blocks.rows), default=0),
+        )
+        undo = self._undo.read(placed.name, len(sites), rows, tallest, target.dtype)
         for (number, _), needed in zip(sites, undo.needed, strict=True):
             hooks = self._hooks(number)
             if not needed and hooks.has("adapter_undo") and not hooks.method.additive:
                 raise self._does_not_fit(placed.name)
-        merge = TensorMerge(placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites))
-        blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
-        for rows, correction in undo.blocks:
+        for block, correction in undo.blocks:
             try:
-                restored = exact.correct(merge.nearly(blocks.read(rows), rows, undo.needed), correction)
-            except ValueError:
-                raise self._does_not_fit(placed.name) from None
-            blocks.write(rows, restored)
+                restored = exact.correct(merge.nearly(blocks.read(block), block, undo.needed), correction)
+            except (
+                ValueError,
+                RuntimeError,
+                TypeError,
+                LookupError,
+            ) as error:  # by hooks, of foreign tensors
+                raise self._does_not_fit(placed.name) from error
+            blocks.write(block, restored)
             workers.advance(restored.nbytes)
-        return _digest(target, workers)
 
     def _does_not_fit(self, name: str) -> FileFormatError:
         return FileFormatError(f"{self._root / CORRECTIONS}: the corrections do not fit {name!r}; copy the merged directory again")
@@ -157,7 +168,8 @@ class MergedOrigin:
             header = obey(weight_map, name, read_header(path, alone=True))
             for entry in header.in_file_order:
                 found = self.checkpoint.tensors.get(entry.name)
-                if found is None or found.shape != entry.shape:
+                is_copied = found is not None and not self.is_restored(entry.name)
+                if found is None or found.shape != entry.shape or (is_copied and found.dtype != entry.dtype):
                     raise MergeError(
                         f"{self.checkpoint.root}: {entry.name} is missing or has another shape, so the base cannot be restored"
                     )
@@ -179,19 +191,6 @@ def _pairings(checkpoint: Checkpoint, record: MergeRecord) -> list[Pairing]:
     return [pair_as(read_adapter(root / str(number)), base, adapter.names).demand(base) for number, adapter in enumerate(record.adapters)]
 
 
-def _copied(source: FileTensor, target: FileTensor, workers: Workers) -> str:
+def _copy(source: FileTensor, target: FileTensor, workers: Workers) -> None:
     for nbytes in copy_bytes(source, target):
         workers.advance(nbytes)
-    return _digest(target, workers)
-
-
-def _digest(file: FileTensor, workers: Workers) -> str:
-    """Return the hash of the bytes that were written, read back from the file.
-
-    Raises:
-        StoppedError: another worker failed.
-    """
-    found = digest_range(file.descriptor, file.begin, file.begin + file.nbytes, file.where, workers.stopped)
-    if not found:
-        raise StoppedError
-    return found

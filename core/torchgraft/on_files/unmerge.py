@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from torchgraft.checkpoint.sidecars import RECORD
 from torchgraft.disk import Progress, check_space, copy_into, new_directory, refuse_existing, refuse_inside, silent
 from torchgraft.errors import MergeError
 from torchgraft.hashes import sha256_of_bytes, sha256_of_file
-from torchgraft.on_files.merge_record import MergeRecord, inside, read_record
+from torchgraft.on_files.merge_record import MergeRecord, check_names, inside, read_record
 from torchgraft.on_files.origin import BaseOrigin, MergedOrigin, Origin
 from torchgraft.rewriting.workers import Workers, opened, start_files
+
+Job = tuple[OutputFile, Placed]
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,12 @@ def unmerge_checkpoint(
     _check_origin(origin, record)
     check_space(target, origin.layout.nbytes)
     with new_directory(target) as directory:
-        _write_weights(origin, record.original_tensors, directory, progress)
+        workers = Workers(origin.layout.nbytes, progress)
+        _write_weights(origin, directory, workers)
         _write_other_files(origin, record.original_files, directory)
+        # Only now, so that nothing is written after it was checked.
+        _check_weights(origin, record.original_tensors, directory, workers)
+        _check_other_files(origin, record.original_files, directory)
     restored = sum(map(origin.is_restored, record.original_tensors))
     copied = len(record.original_tensors) - restored
     files = len(origin.layout.files) + len(record.original_files)
@@ -70,7 +77,9 @@ def _check_origin(origin: Origin, record: MergeRecord) -> None:
 
     Raises:
         MergeError: they are not.
+        FileFormatError: the record names files that no base has.
     """
+    check_names(origin.checkpoint.directory / RECORD, record)
     found = {file.name: sha256_of_bytes(file.header) for file in origin.layout.files}
     if found != record.headers:
         raise MergeError(
@@ -82,36 +91,64 @@ def _check_origin(origin: Origin, record: MergeRecord) -> None:
         raise MergeError(f"{origin.checkpoint.root}: tensor {odd[0]} of the base is missing here, so the base cannot be restored")
 
 
-def _write_weights(origin: Origin, hashes: Mapping[str, str], directory: Path, progress: Progress) -> None:
-    """Write the weight files of the base into `directory`, and check the hash of every tensor.
+def _write_weights(origin: Origin, directory: Path, workers: Workers) -> None:
+    """Write the weight files of the base into `directory`."""
 
-    Raises:
-        MergeError: a tensor is not that of the base.
-    """
-    workers = Workers(origin.layout.nbytes, progress)
+    def write(job: Job) -> None:
+        with opened(origin.checkpoint, directory, *job) as (source, target):
+            origin.write(source, target, job[1], workers)
+
     start_files(origin.layout, directory)
-
-    def write(job: tuple[OutputFile, Placed]) -> tuple[Placed, str]:
-        file, placed = job
-        with opened(origin.checkpoint, directory, file, placed) as (source, target):
-            return placed, origin.write(source, target, placed, workers)
-
-    with closing(workers.map(write, [(file, placed) for file in origin.layout.files for placed in file.tensors])) as results:
-        for placed, found in results:
-            if found != hashes[placed.name]:
-                raise origin.refused(placed.name)
+    with closing(workers.map(write, _jobs(origin))) as done:
+        for _ in done:
+            pass
 
 
-def _write_other_files(origin: Origin, hashes: Mapping[str, str], directory: Path) -> None:
-    """Copy the files beside the weights, the record of an earlier merge included, and check their hashes.
+def _check_weights(origin: Origin, hashes: Mapping[str, str], directory: Path, workers: Workers) -> None:
+    """Check the size and header of every weight file that was written, and the hash of every tensor.
 
     Raises:
-        MergeError: a file is missing, or is not that of the base.
+        MergeError: a tensor or a header is not that of the base.
     """
-    for name, expected in hashes.items():
-        source, target = origin.file(name), inside(directory, name)
+
+    def digest(job: Job) -> tuple[str, str]:
+        file, placed = job
+        with (directory / file.name).open("rb", buffering=0) as written:
+            return placed.name, workers.digest(written.fileno(), placed.begin, placed.begin + placed.nbytes, placed.name)
+
+    with closing(workers.map(digest, _jobs(origin))) as results:
+        for name, found in results:
+            if found != hashes[name]:
+                raise origin.refused(name)
+    for file in origin.layout.files:
+        with (directory / file.name).open("rb") as written:
+            if written.read(len(file.header)) != file.header or os.fstat(written.fileno()).st_size != file.nbytes:
+                raise MergeError(f"{file.name}: the written header is not that of the base: is the disk at fault? Nothing was written")
+
+
+def _jobs(origin: Origin) -> list[Job]:
+    return [(file, placed) for file in origin.layout.files for placed in file.tensors]
+
+
+def _write_other_files(origin: Origin, names: Iterable[str], directory: Path) -> None:
+    """Copy the files beside the weights, the record of an earlier merge included.
+
+    Raises:
+        MergeError: a file is missing.
+    """
+    for name in names:
+        source = origin.file(name)
         if not source.is_file():
             raise MergeError(f"{origin.checkpoint.root}: {name} is missing, so the base cannot be restored")
-        copy_into(source, target)
-        if sha256_of_file(target) != expected:
-            raise MergeError(f"{source}: this file changed after the merge, so the base cannot be restored. Nothing was written")
+        copy_into(source, inside(directory, name))
+
+
+def _check_other_files(origin: Origin, hashes: Mapping[str, str], directory: Path) -> None:
+    """Check the hashes of the files beside the weights.
+
+    Raises:
+        MergeError: a file is not that of the base.
+    """
+    for name, expected in hashes.items():
+        if sha256_of_file(directory / name) != expected:
+            raise MergeError(f"{origin.file(name)}: this file changed after the merge, so the base cannot be restored. Nothing was written")

@@ -16,7 +16,7 @@ import torch
 from torchgraft.checkpoint.layout import Layout, OutputFile, Placed
 from torchgraft.checkpoint.reading import Checkpoint
 from torchgraft.disk import Progress, silent
-from torchgraft.rewriting.digests import quick_turns
+from torchgraft.rewriting.digests import digest_range, quick_turns
 from torchgraft.rewriting.file_tensors import FileTensor
 
 Item = TypeVar("Item")
@@ -55,6 +55,18 @@ class Workers:
             raise StoppedError
         with self._lock:
             self._progress(nbytes, self._total)
+
+    def digest(self, descriptor: int, begin: int, end: int, where: str) -> str:
+        """Return the SHA-256 of these bytes of an open file, from any thread.
+
+        Raises:
+            StoppedError: another worker failed.
+            FileFormatError: the file is shorter.
+        """
+        found = digest_range(descriptor, begin, end, where, self.stopped)
+        if not found:
+            raise StoppedError
+        return found
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
         """Call `work` on each item and yield the results in the order of the items. The first error stops all workers and is raised."""
