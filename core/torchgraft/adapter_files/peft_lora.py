@@ -164,3 +164,19 @@ def _from_block_diagonal(site: Site, whole: Tensor) -> Tensor:
             "the layer's weight; PEFT's grouped convolutions cannot be merged"
         )
     return filters
+
+
+def kinds_told(shape: Shape, tensors: Mapping[str, Shape]) -> list[str]:
+    """Return the kinds that a layer whose weight has `shape` can be of, by the shapes of PEFT's tensors for it (suffix → shape).
+
+    A is (r, in) and B (out, r), so a weight that is not square is a Linear's (out, in) or a Conv1D's (in, out).
+    """
+    if "lora_embedding_A" in tensors:
+        return ["Embedding"]
+    a, b = tensors.get("lora_A.weight", ()), tensors.get("lora_B.weight", ())
+    if len(a) != len(shape) or len(b) != len(shape):
+        return []
+    if len(shape) > 2:
+        return [f"Conv{len(shape) - 2}d"]
+    forms = {"Linear": (b[0], a[1]), "Conv1D": (a[1], b[0])}
+    return [kind for kind, stored in forms.items() if shape == stored]

@@ -22,6 +22,21 @@ def prefix(peft: object) -> str:
     return PREFIX if peft else ""
 
 
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Segments that DDP, torch.compile, FSDP and activation checkpointing put into the names of modules."""
+ADAPTER_NAME = re.compile(
+    r"\.(?:(lora_[AB])\.(?!weight$)[^.]+(?=\.weight$)|(lora_embedding_[AB]|lora_magnitude_vector)\.[^.]+(?:\.weight)?$)"
+)
+"""A LoRA tensor with the adapter's name in its own, as in the state dict of a PeftModel."""
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's name as PEFT's save_pretrained writes it, without the segments of wrappers and the adapter's name."""
+    bare = ".".join(segment for segment in name.split(".") if segment not in WRAPPERS)
+    bare = ADAPTER_NAME.sub(lambda found: f".{found[1] or found[2]}", bare)
+    return bare if bare.startswith(PREFIX) else PREFIX + bare
+
+
 def targets(sites: Sequence[str], modules: Iterable[str]) -> list[str] | str:
     """Return `target_modules` that match the sites and no other module: last segments, else whole names, else a regex."""
     names, wanted = list(modules), set(sites)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,15 @@ class AdapterFiles:
     peft: dict[str, Any]
     """Contents of adapter_config.json; empty for a method that PEFT does not know."""
     tensor_file: Path
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Name of each tensor → its name in the file; empty if all are the same."""
+
+    def unwrapped(self) -> AdapterFiles | None:
+        """Return the same files with the names that PEFT's save_pretrained writes (see `peft_names.unwrapped`); None if they have them."""
+        names = {peft_names.unwrapped(name): name for name in self.shapes}
+        if self.record or len(names) < len(self.shapes) or all(new == name for new, name in names.items()):
+            return None
+        return replace(self, names=names)
 
     @property
     def prefix(self) -> str:
@@ -59,11 +68,14 @@ class AdapterFiles:
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Tensor name → (dtype, shape)."""
         if self.tensor_file.suffix == ".bin":
-            return {name: (dtypes.name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in self._pickled.items()}
-        return {name: (entry.dtype, entry.shape) for name, entry in self._header.tensors.items()}
+            found = {name: (dtypes.name_of(tensor.dtype), tuple(tensor.shape)) for name, tensor in self._pickled.items()}
+        else:
+            found = {name: (entry.dtype, entry.shape) for name, entry in self._header.tensors.items()}
+        return {new: found[name] for new, name in self.names.items()} if self.names else found
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor by its name in the file."""
+        """Read one tensor by its name."""
+        name = self.names.get(name, name)
         if self.tensor_file.suffix == ".bin":
             return self._pickled[name]
         with self.tensor_file.open("rb") as file:
@@ -87,11 +99,13 @@ class AdapterFiles:
             return {**state.values, **{name: read_tensor(file, entry) for name, entry in read_header(path).tensors.items()}}
 
     def read_all(self) -> dict[str, Tensor]:
-        """Read all tensors, by their names in the file."""
+        """Read all tensors, by their names."""
         if self.tensor_file.suffix == ".bin":
-            return self._pickled
-        with self.tensor_file.open("rb") as file:
-            return {name: read_tensor(file, entry) for name, entry in self._header.tensors.items()}
+            found = self._pickled
+        else:
+            with self.tensor_file.open("rb") as file:
+                found = {name: read_tensor(file, entry) for name, entry in self._header.tensors.items()}
+        return {new: found[name] for new, name in self.names.items()} if self.names else found
 
     @cached_property
     def _header(self) -> Header:

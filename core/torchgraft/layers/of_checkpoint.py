@@ -171,7 +171,7 @@ def _kind(name: str, tensors: Mapping[str, TensorEntry], model_type: str) -> Ver
     if any(fnmatchcase(name, pattern) for pattern in _own_forwards(model_type)):
         return Verdict(reason="is an embedding with its own forward, which scales or shifts what it looks up")
     if "experts" in segments or leaf in ("gate", "router"):
-        return Verdict(reason=OF_EXPERTS)
+        return Verdict(reason=OF_EXPERTS, is_open="experts" in segments and len(shape) == 2)  # an expert of its own
     if leaf not in CONV1D_LEAVES and _outputs(tensors) not in (None, shape[0]):
         return unknown  # the bias contradicts what the name says
     if len(shape) > 2:

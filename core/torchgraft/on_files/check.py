@@ -54,7 +54,7 @@ def check(model: str | Path, adapter: str | Path, kinds: Mapping[str, str] | Non
         return Verdict([*problems, str(error)])
     others = [name for name in other_trained_files(files.directory) if files.directory / name not in checkpoint.file_of.values()]
     beside = f"{files.directory}: other trained weights, which a merge does not include: {', '.join(others)}" if others else ""
-    notes = (pairing.note, *([] if problems else [pairing.caveat, unchanged]), beside)
+    notes = (pairing.note, *pairing.remarks, *([] if problems else [pairing.caveat, unchanged]), beside)
     return Verdict(problems, pairing.renamed, tuple(note for note in notes if note))
 
 

@@ -111,7 +111,7 @@ def plan_merge(
     if rows := [layer.shape[0] for layer in base.layers.values() if is_input_embedding(layer)]:
         refuse_more_ids(sidecars.own, sidecars.from_adapter, max(rows))
     notes = [
-        *(note for one in ingredients for note in (one.pairing.note, one.pairing.caveat)),
+        *(note for one in ingredients for note in (one.pairing.note, *one.pairing.remarks, one.pairing.caveat)),
         order,
         f"merged onto the weights as quantized, on which the adapter was trained ({len(quantization)} layers); "
         "--onto original takes the base's own"

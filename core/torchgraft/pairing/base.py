@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torchgraft.adapter_files.reading import AdapterFiles
@@ -17,6 +18,7 @@ from torchgraft.layers.plan import site_of
 from torchgraft.method.site import fingerprint_of
 from torchgraft.pairing import transformers_names
 from torchgraft.pairing.naming import Naming, owner_of
+from torchgraft.pairing.transformers_names import Architecture
 from torchgraft.plugin.registry import registry
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ class Base:
     namings: Callable[[], Iterable[Naming]] = list
     """Returns transformers' other names for the tensors; may be slow, or raise PairingError."""
 
+    architecture: Callable[[], Architecture | None] = lambda: None
+    """Returns what transformers' model class shows; may be slow."""
+
     def named(self, naming: Naming) -> Base:
         """Return this base under the names of `naming`, without the layers that have no name in it."""
         others = {own: name for name, own in naming.modules.items()}
@@ -44,7 +49,10 @@ class Base:
             for name, layer in self.layers.items()
             if name in others and layer.name in others
         }
-        return replace(self, layers=layers, tensors={name: self.tensors[own] for name, own in naming.tensors.items()})
+        tensors = {name: self.tensors[own] for name, own in naming.tensors.items()}
+        return replace(
+            self, layers=layers, tensors=tensors, architecture=lambda: known.named(others) if (known := self.architecture()) else None
+        )
 
 
 def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None = None) -> Base:
@@ -58,6 +66,7 @@ def base_of_checkpoint(checkpoint: Checkpoint, kinds: Mapping[str, str] | None =
         lambda name: fingerprint.of_file(checkpoint, layers[name].weight_name),
         is_module=False,
         namings=lambda: transformers_names.of_checkpoint(checkpoint.config, shapes),
+        architecture=cache(lambda: transformers_names.architecture(checkpoint.config, shapes)),
     )
 
 

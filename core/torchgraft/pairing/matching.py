@@ -26,23 +26,43 @@ def pair(files: AdapterFiles, base: Base) -> Pairing:
         PairingError: no installed method reads this adapter.
         ConfigError: its options are not valid.
     """
-    pairing = _match(files, base)
-    if pairing.problems and pairing.unused:
-        pairing = _match_renamed(files, base, pairing)
+    pairing = _match_by_names(files, base)
+    if pairing.problems and pairing.unused and (other := files.unwrapped()):
+        pairing = _best([pairing, _with_remark(_match_by_names(other, base))])
     return pairing.with_problems(weight_problems(pairing, base))
+
+
+def _match_by_names(files: AdapterFiles, base: Base) -> Pairing:
+    """Match under the adapter's own names, else under others."""
+    pairing = _match(files, base)
+    return _match_renamed(files, base, pairing) if pairing.problems and pairing.unused else pairing
+
+
+def _with_remark(pairing: Pairing) -> Pairing:
+    example = next(iter(pairing.files.names.values()))
+    remark = f"the adapter's names contain segments of wrappers, or the adapter's name, which are left out ({example})"
+    return replace(pairing, remarks=(remark, *pairing.remarks))
 
 
 def pair_as(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairing:
     """Pair under names that `pair` found before (`Pairing.tensor_names`), without checking the weights."""
+    pairing = _match_under(files, base, names)
+    if pairing.problems and (other := files.unwrapped()):
+        return _best([pairing, _match_under(other, base, names)])
+    return pairing
+
+
+def _match_under(files: AdapterFiles, base: Base, names: Mapping[str, str]) -> Pairing:
     if not names:
-        return _match(files, base)
+        return _match(files, base, complete=False)
     others = set(names.values())
-    return _match_as(files, base, Naming({**{name: name for name in base.tensors if name not in others}, **names}))
+    naming = Naming({**{name: name for name in base.tensors if name not in others}, **names})
+    return _in_base_names(_match(files, base.named(naming), complete=False), naming, base.is_module)
 
 
-def _match(files: AdapterFiles, base: Base) -> Pairing:
-    """Match by names, kinds and shapes."""
-    return with_tensors(pair_native(files, base) if files.record else pair_peft(files, base), base)
+def _match(files: AdapterFiles, base: Base, *, complete: bool = True) -> Pairing:
+    """Match by names, kinds and shapes; if `complete`, every layer that PEFT's config targets must have tensors."""
+    return with_tensors(pair_native(files, base) if files.record else pair_peft(files, base, complete=complete), base)
 
 
 def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
@@ -55,15 +75,16 @@ def _match_renamed(files: AdapterFiles, base: Base, exact: Pairing) -> Pairing:
     best = _best([exact, *_with_a_prefix(files, base, own_names(base.tensors), names)])
     if not best.problems:
         return best
-    try:
-        namings = base.namings()
-    except PairingError as error:
-        return replace(best, problems=(f"{best.problems[0]} ({error})", *best.problems[1:]))
-    for naming in namings:
+    namings = iter(base.namings())
+    while best.problems:
+        try:
+            naming = next(namings, None)
+        except PairingError as error:
+            return replace(best, problems=(f"{best.problems[0]} ({error})", *best.problems[1:]))
+        if naming is None:
+            break
         plain = _match_as(files, base, naming)
         best = _best([best, plain, *(_with_a_prefix(files, base, naming, names) if plain.problems else ())])
-        if not best.problems:
-            break
     return best
 
 

@@ -54,6 +54,8 @@ class Pairing:
     """Tensors in the adapter's file that match nothing in the base."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Adapter's name of a site or a module → the base's name, where they differ."""
+    remarks: tuple[str, ...] = ()
+    """Decisions that the user may not expect."""
     modules: Mapping[str, str] = field(default_factory=dict)
     """Adapter's name → base's name, for every module of the base."""
 

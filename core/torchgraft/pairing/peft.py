@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 
 from torchgraft.adapter_files import peft_names
+from torchgraft.adapter_files.peft_lora import kinds_told
 from torchgraft.adapter_files.reading import AdapterFiles
 from torchgraft.errors import PairingError
+from torchgraft.kinds.kind import Shape
 from torchgraft.layers.layer import Layer, is_inside
 from torchgraft.layers.plan import site_of
 from torchgraft.method.config import Config, explained
@@ -18,8 +20,8 @@ from torchgraft.pairing.pairing import PairedSite, Pairing, paired_site
 from torchgraft.plugin.registry import registry
 
 
-def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
-    """Match the tensors' names with the base's layers, and the config's targets with both."""
+def pair_peft(files: AdapterFiles, base: Base, *, complete: bool = True) -> Pairing:
+    """Match the tensors' names with the base's layers and, if `complete`, the config's targets with both."""
     method, config = _method_of_peft(files)
     assert method.peft is not None
     also_train = _saved_modules(files, base)
@@ -34,15 +36,25 @@ def pair_peft(files: AdapterFiles, base: Base) -> Pairing:
     )
     for name, keys in tensors.items():
         try:
-            sites.append(_site_of_tensors(files, method, base.layers[name], keys, base.is_module))
+            sites.append(_site_of_tensors(files, method, base.layers[name], keys, base))
         except PairingError as error:
             problems.append(str(error))
-    problems += [
-        f"{layer.name}: target_modules match this layer, but the adapter has no tensor for it"
+    missing = [
+        layer.name
         for layer in dict.fromkeys(base.layers.values())
-        if layer.kind is not None and layer.name not in tensors and peft_names.is_target(files.peft, layer)
+        if complete and layer.kind is not None and layer.name not in tensors and peft_names.is_target(files.peft, layer)
     ]
-    return Pairing(files, method, config, tuple(sites), also_train=also_train, problems=tuple(problems))
+    model = base.architecture() if missing else None
+    beyond = [name for name in missing if model and name not in model.loaded]
+    problems += [f"{name}: target_modules match this layer, but the adapter has no tensor for it" for name in missing if name not in beyond]
+    remarks = (
+        [f"{len(beyond)} layers stay as they are, because {model.model} does not load them: {_some(beyond)}"] if beyond and model else []
+    )
+    return Pairing(files, method, config, tuple(sites), also_train=also_train, problems=tuple(problems), remarks=tuple(remarks))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + ("…" if names[3:] else "")
 
 
 def _tensors_of_layers(files: AdapterFiles, base: Base, whole: Container[str]) -> dict[str, list[str]]:
@@ -55,18 +67,20 @@ def _tensors_of_layers(files: AdapterFiles, base: Base, whole: Container[str]) -
     return tensors
 
 
-def _site_of_tensors(files: AdapterFiles, method: Method, layer: Layer, tensors: list[str], is_module: bool) -> PairedSite:
+def _site_of_tensors(files: AdapterFiles, method: Method, layer: Layer, tensors: list[str], base: Base) -> PairedSite:
     """Return the site of one layer, with the options that adapter_config.json gives it.
 
     Raises:
         PairingError: the layer cannot have an adapter, or the options do not fit it.
     """
     assert method.peft is not None
+    suffixes = {name.removeprefix(f"{files.prefix}{layer.name}."): files.shapes[name][1] for name in tensors}
+    if layer.kind is None and layer.is_open:
+        layer = replace(layer, kind=_kind_told(files, layer, suffixes, base))
     if layer.kind is None:
         reason = layer.reason or f"is a {layer.role} layer of shape {list(layer.shape)}, which cannot have an adapter"
         raise PairingError(f"{layer.name}: {reason}")
-    suffixes = {name.removeprefix(f"{files.prefix}{layer.name}."): files.shapes[name][1] for name in tensors}
-    site = site_of(replace(layer, groups=layer.groups if is_module else method.peft.groups(layer.shape, suffixes)))
+    site = site_of(replace(layer, groups=layer.groups if base.is_module else method.peft.groups(layer.shape, suffixes)))
     own = dict(files.peft)
     try:
         own["r"] = peft_names.pattern_value(own.get("rank_pattern") or {}, layer.name, own.get("r", 8))
@@ -76,6 +90,17 @@ def _site_of_tensors(files: AdapterFiles, method: Method, layer: Layer, tensors:
         raise PairingError(f"{layer.name}: adapter_config.json is not valid for it: {explained(error)}") from None
     assert config is not None
     return paired_site(files, method, site, config, site.name)
+
+
+def _kind_told(files: AdapterFiles, layer: Layer, suffixes: Mapping[str, Shape], base: Base) -> str | None:
+    """Return the kind of a layer whose orientation its name does not show: the adapter's shapes show it, or, if it is square, the model."""
+    kinds = kinds_told(layer.shape, suffixes)
+    if len(kinds) < 2:
+        return kinds[0] if kinds else None
+    model = base.architecture()
+    if model and layer.name in model.kinds:
+        return model.kinds[layer.name]
+    return "Conv1D" if files.peft.get("fan_in_fan_out") else "Linear"
 
 
 def _method_of_peft(files: AdapterFiles) -> tuple[Method, Config]:

@@ -11,17 +11,25 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torchgraft.errors import PairingError
+from torchgraft.layers.layer import parent_of
 from torchgraft.pairing.naming import Naming
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-def of_checkpoint(config: Mapping[str, Any], tensors: Iterable[str]) -> list[Naming]:
-    """Return the names of a checkpoint's tensors in memory and as saved by transformers, if they differ from the files'.
+AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMaskedLM", "AutoModel")
+"""Classes that load one checkpoint into models of different names, such as the text model of a vision-language model."""
+
+
+def of_checkpoint(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[Naming]:
+    """Yield the names of a checkpoint's tensors in memory and as saved by transformers, if they differ from the files'.
+
+    First come those of the class that config.json names, then those of the other classes that load such a checkpoint.
 
     Args:
         config: config.json; without a model_type it is not a transformers model.
@@ -31,16 +39,86 @@ def of_checkpoint(config: Mapping[str, Any], tensors: Iterable[str]) -> list[Nam
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        return []
+        return
+    names = list(tensors)
     try:
         with _quietly():
-            return _namings(_on_meta(config), list(tensors))
+            model = _on_meta(config)
+            first = _namings(model, names)
     except ImportError:
         raise PairingError(
             f"transformers may have other names for a {model_type}'s layers; install torchgraft[hf] to have them tried"
         ) from None
     except Exception as error:  # any type is possible with an unknown config.json or version of transformers
         raise PairingError(f"transformers' names for a {model_type}'s layers could not be tried: {_summary(error)}") from error
+    yield from first
+    known: set[type] = {type(model)}
+    for auto in AUTO:
+        with _quietly():
+            other = _auto_on_meta(auto, config)
+            found = _namings(other, names) if other is not None and type(other) not in known else []
+        known.add(type(other))
+        yield from found
+
+
+def _auto_on_meta(auto: str, config: Mapping[str, Any]) -> nn.Module | None:
+    """Build a model by one of the classes in `AUTO` on the meta device; None if it loads no such checkpoint."""
+    import torch
+    import transformers
+
+    try:
+        with torch.device("meta"):
+            model: nn.Module = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(**config))
+    except Exception:  # noqa: BLE001  (any type is possible, and most checkpoints are of one class)
+        return None
+    return model
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the model class of transformers shows about a checkpoint's modules, by their names in the files."""
+
+    model: str
+    """Name of the class."""
+    loaded: frozenset[str]
+    """The modules that the class loads."""
+    kinds: Mapping[str, str]
+    """Module → its kind in the model."""
+
+    def named(self, others: Mapping[str, str]) -> Architecture:
+        """Return the same with other names of the modules."""
+        kinds = {others[name]: kind for name, kind in self.kinds.items() if name in others}
+        return replace(self, loaded=frozenset(others[name] for name in self.loaded if name in others), kinds=kinds)
+
+
+def architecture(config: Mapping[str, Any], tensors: Iterable[str]) -> Architecture | None:
+    """Return what the model class shows about a checkpoint's modules; None if transformers is not installed or cannot build it."""
+    if not isinstance(config.get("model_type"), str):
+        return None
+    try:
+        with _quietly():
+            return _architecture(_on_meta(config), list(tensors))
+    except Exception:  # noqa: BLE001  (as in `of_checkpoint`; the files alone then decide)
+        return None
+
+
+def _architecture(model: Any, tensors: Sequence[str]) -> Architecture:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    from torchgraft.kinds.kind import kind_of
+    from torchgraft.plugin.registry import registry
+
+    in_memory = _renamed(get_model_conversion_mapping(model), {name: name for name in tensors})
+    own, prefix = set(model.state_dict()), f"{model.base_model_prefix}."
+    found = {
+        name: next((each for each in (new, prefix + new, new.removeprefix(prefix)) if each in own), "") for new, name in in_memory.items()
+    }
+    converted = set(tensors) - found.keys()  # fused or split on loading
+    loaded = converted | {name for name, new in found.items() if new}
+    kinds = registry().kinds()
+    modules = {name: kind.name for name, module in model.named_modules() if (kind := kind_of(module, kinds)[0])}
+    known = {parent_of(name): modules.get(parent_of(new), "") for name, new in found.items() if new.endswith(".weight")}
+    return Architecture(type(model).__name__, frozenset(map(parent_of, loaded)), {name: kind for name, kind in known.items() if kind})
 
 
 def of_module(model: nn.Module, tensors: Iterable[str]) -> list[Naming]:
