@@ -297,7 +297,7 @@ def remake(module: str) -> None:
 
 PEFT, NATIVE, TENSORS = "adapter/adapter_config.json", "native/torchgraft.json", "adapter/adapter_model.safetensors"
 ADAPTERS: dict[str, tuple[Callable[[], object], tuple[str, ...]]] = {
-    "adapter: no such directory": (lambda: shutil.rmtree("adapter"), ("adapter", "no such directory")),
+    "adapter: no such directory": (lambda: shutil.rmtree("adapter"), ("adapter", "no such file or directory")),
     "adapter: no config": (lambda: Path(PEFT).unlink(), ("adapter_config.json",)),
     "adapter: config is no JSON": (lambda: Path(PEFT).write_text("{"), (PEFT, "JSON")),
     "adapter: no tensors": (lambda: Path(TENSORS).unlink(), ("adapter_model.safetensors", "missing")),

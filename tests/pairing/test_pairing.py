@@ -88,7 +88,7 @@ DAMAGES = {
     "a whole module has another shape": Damage(put(HEAD, lambda w: w[:5]), r"lm_head\.weight' has the shape \[5, 32\]"),
     "a whole module is unknown": Damage(lambda d: rename(d, "lm_head", "lm_haed"), r"lm_haed: the base has no such module; near.*lm_head"),
     "the config has another rank": Damage(claim_rank_5, rf"{re.escape(A)}' has the shape \[3, 32\], expected \[5, 32\]"),
-    "names have no prefix": Damage(lambda d: rename(d, "base_model.model.", ""), rf"'(base_model\.model\.)?{SITE}\.lora_A\.weight'"),
+    "names are another model's": Damage(lambda d: rename(d, "self_attn", "attn"), r"attn\.q_proj: the base has no such layer"),
 }
 NOT_FINITE = {
     "NaN": Damage(put(A, lambda a: a.index_fill(0, torch.tensor(1), torch.nan)), rf"{SITE}: .*NaN or infinite"),
@@ -347,7 +347,7 @@ FILES = {
     "a record of the future": Damage(lambda d: edit_json(d / "torchgraft.json", format=99), r"format 99.*upgrade"),
     "a record without sites": Damage(lambda d: edit_json(d / "torchgraft.json", sites=None), r"torchgraft\.json: invalid record: sites: "),
     "a record that is no JSON": Damage(lambda d: (d / "torchgraft.json").write_text("{") and None, r"json: not readable as JSON"),
-    "no directory": Damage(lambda d: d.rename(d.with_name("elsewhere")) and None, r"no such directory"),
+    "no directory": Damage(lambda d: d.rename(d.with_name("elsewhere")) and None, r"no such file or directory"),
 }
 
 

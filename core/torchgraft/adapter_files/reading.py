@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from torchgraft.adapter_files import peft_names
 from torchgraft.adapter_files.peft_config import check_peft_config, meaning
 from torchgraft.adapter_files.record import AdapterRecord, SiteRecord, parse_record
 from torchgraft.checkpoint.header import Header, read_header
+from torchgraft.checkpoint.hub import locate
 from torchgraft.checkpoint.reading import read_tensor
 from torchgraft.disk import read_json
 from torchgraft.errors import FileFormatError
@@ -134,16 +135,20 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     Raises:
         FileFormatError: it is not an adapter directory, or a file in it is missing or broken.
     """
-    root = Path(directory)
+    root = locate(directory)
     if not root.is_dir():
-        raise FileFormatError(
-            f"{root}: no such directory" if not root.exists() else f"{root}: not a directory; give the adapter's directory"
-        )
+        raise FileFormatError(f"{root}: not a directory; give the adapter's directory{other_format([root])}")
     document = read_json(root / NATIVE, missing_ok=True)
     peft = read_json(root / PEFT_CONFIG, missing_ok=True)
     if not document and not peft:
-        raise FileFormatError(f"{root}: not an adapter directory: it contains no {PEFT_CONFIG}{_elsewhere(root)}")
+        raise FileFormatError(
+            f"{root}: not an adapter directory: it contains no {PEFT_CONFIG}{_elsewhere(root)}{other_format(root.glob('*.safetensors'))}"
+        )
     record = parse_record(root / NATIVE, document) if document else None
+    if "fine_tune_type" in peft:
+        raise FileFormatError(
+            f"{root}: an adapter in mlx-lm's format, which is not read; fuse it with 'mlx_lm.fuse', or convert it to PEFT's"
+        )
     if peft:
         check_peft_config(root / PEFT_CONFIG, peft)
     names = [record.tensors.file] if record else [PEFT_TENSORS, PEFT_PICKLE]
@@ -161,6 +166,24 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
             f"undo the change, or remove {NATIVE} to read it as a plain PEFT adapter"
         )
     return AdapterFiles(root, record, peft, tensor_file)
+
+
+def other_format(files: Iterable[Path]) -> str:
+    """Return which other tool's LoRA format one of the files has, as the end of a message; empty if it has none."""
+    for path in files:
+        try:
+            names = read_header(path).tensors
+        except FileFormatError:
+            continue
+        for sign, tool in (
+            (".lora_down.", "kohya's"),
+            (".lora.down.", "diffusers' former"),
+            (".lora_a", "mlx-lm's"),
+            (".lora_A.", "diffusers'"),
+        ):
+            if any(sign in name for name in names):
+                return f"; {path.name} is a LoRA in {tool} format, which is not read: convert it to PEFT's, with {PEFT_CONFIG}"
+    return ""
 
 
 def _elsewhere(root: Path) -> str:

@@ -24,6 +24,8 @@ from torchgraft.errors import FileFormatError
 MAX_HEADER = 100_000_000
 """Largest header in bytes: the limit of the safetensors library."""
 BEYOND = 1 << 64
+LFS = b"version https://git-lfs"
+"""Start of the text file that git stores instead of a large file."""
 SHOWN = 200
 """Characters of a name or value shown in a message, because a broken header can contain very long ones."""
 
@@ -74,6 +76,8 @@ def read_header(path: Path, *, alone: bool = False) -> Header:
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
+            if start == LFS[:8] and file.read(len(LFS) - 8) == LFS[8:]:
+                raise _broken(path, "it is a Git LFS pointer, not the weights; fetch them with 'git lfs pull', or download the file itself")
             if len(start) < 8:
                 raise _broken(path, f"it has {size} bytes, and the header's length alone takes 8")
             if length > MAX_HEADER:

@@ -14,7 +14,7 @@ from torchgraft.errors import AttachError, PluginError
 from torchgraft.in_memory import fast_paths, graft, record
 from torchgraft.in_memory.adapter import Adapter, adapters, parts_by_module, watch_steps
 from torchgraft.in_memory.parts import Form, SitePart, Stack, TrainedCopy, parts_of
-from torchgraft.kinds.kind import kind_of
+from torchgraft.kinds.kind import HOOKED, kind_of
 from torchgraft.layers.bypassed import bypassed_modules
 from torchgraft.layers.layer import Layer, is_inside
 from torchgraft.layers.plan import configure, plan, site_of
@@ -204,6 +204,8 @@ def _replaced(layer: Layer, module: nn.Module, instead: nn.Module) -> Site:
             f"{layer.name}: the method replaces the layer, but other adapters depend on its present weight; "
             "detach them, or attach this one first"
         )
+    if HOOKED in module.__dict__:
+        raise AttachError(f"{layer.name}: the method replaces the layer, and accelerate has put a hook on it; attach the adapter before")
     if layer.tied:
         raise AttachError(
             f"{layer.name}: the method replaces its weight, which is shared with {', '.join(layer.tied)}; exclude one of the layers"

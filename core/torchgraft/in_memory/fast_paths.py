@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from torchgraft.errors import AttachError
+from torchgraft.kinds.kind import bound_forwards
 
 
 def modules_in_fused_layers(model: nn.Module) -> set[nn.Module]:
@@ -24,8 +25,8 @@ def check_forward_runs(name: str, module: nn.Module, bypassed: Mapping[nn.Module
     Raises:
         AttachError: nothing calls the forward of the module's class, so an adapter would be bypassed.
     """
-    if "forward" in module.__dict__:
-        raise AttachError(f"{name}: its forward was replaced on the instance (by accelerate's hooks?), which would bypass the adapter")
+    if "forward" in module.__dict__ and not bound_forwards(module):
+        raise AttachError(f"{name}: its forward was replaced on the instance, which would bypass the adapter")
     if module in bypassed:
         raise AttachError(f"{name}: it {bypassed[module]}; train the module that contains it fully")
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 from torch import nn
 
 from torchgraft.errors import AttachError
 from torchgraft.in_memory.parts import Form, Part, Router, container_of, parts_of
-from torchgraft.kinds.kind import CARRIER, CHILD
+from torchgraft.kinds.kind import CARRIER, CHILD, bound_forwards
 
 
 class Grafted(nn.Module):
@@ -71,7 +72,7 @@ def attach(module: nn.Module, name: str, part: Part, *, needs_hook: bool = False
         needs_hook: add a no-op hook, for a module that `fast_paths.modules_in_fused_layers` found.
     """
     if not isinstance(module, Grafted):
-        module.__class__ = _grafted_class(type(module))
+        _change_class(module, _grafted_class(type(module)))
         module.add_module(CHILD, nn.ModuleDict())
         if needs_hook:
             module.__dict__["_graft_hook"] = module.register_forward_pre_hook(_no_change)
@@ -86,7 +87,14 @@ def detach(module: nn.Module, name: str) -> None:
         del module._modules[CHILD]
         if "_graft_hook" in module.__dict__:
             module.__dict__.pop("_graft_hook").remove()
-        module.__class__ = base_class(module)
+        _change_class(module, base_class(module))
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of the module, and the bound forwards that a hook of accelerate calls or leaves."""
+    forwards = bound_forwards(module)
+    module.__class__ = cls
+    module.__dict__.update({key: MethodType(cls.forward, module) for key in forwards})
 
 
 def check_no_routes(model: nn.Module, what: str) -> None:

@@ -26,6 +26,10 @@ CARRIER = "_torchgraft_carrier"
 """Name of the attribute that marks classes whose modules carry adapters."""
 
 
+HOOKED = "_old_forward"
+"""Attribute of a module with a hook of accelerate: the forward that the hook calls."""
+
+
 class LowRank(NamedTuple):
     """A low-rank change of a layer: gain·(W + scale·B·A)·x + bias."""
 
@@ -194,6 +198,11 @@ def carries_adapters(module: nn.Module) -> bool:
     return hasattr(type(module), CARRIER)
 
 
+def bound_forwards(module: nn.Module) -> list[str]:
+    """Return the attributes of the module that are its class's forward: accelerate's hook calls one, and leaves one when it is removed."""
+    return [key for key in ("forward", HOOKED) if getattr(module.__dict__.get(key), "__func__", None) is type(module).forward]
+
+
 def kind_of(module: nn.Module, kinds: tuple[Kind, ...]) -> tuple[Kind | None, str]:
     """Return the kind of `module`; or None, with the reason if its class has a kind but it cannot be adapted."""
     for kind in kinds:
@@ -213,8 +222,10 @@ def _own_ways(module: nn.Module, kind: Kind, base: type[nn.Module]) -> str:
         return f"has a weight of type {dtypes.name_of(weight.dtype)}, which is quantized"
     if 0 in weight.shape:
         return f"has an empty weight of shape {list(weight.shape)} (sharded by ZeRO-3?)"
-    if "forward" in module.__dict__:
-        return "has a forward that was replaced on the instance (by accelerate's hooks?), which would bypass the adapter"
+    if HOOKED in module.__dict__ and weight.is_meta:
+        return "has a weight that accelerate offloaded; attach the adapter before dispatch_model, or load the model without offloading"
+    if "forward" in module.__dict__ and not bound_forwards(module):
+        return "has a forward that was replaced on the instance, which would bypass the adapter; attach the adapter before it is replaced"
     plain = next(cls for cls in type(module).__mro__ if "forward" in cls.__dict__ and CARRIER not in cls.__dict__)
     if plain is not base and plain.__dict__["forward"] is not base.forward:
         return f"is a {type(module).__name__}, whose forward is its own and not {base.__name__}'s"

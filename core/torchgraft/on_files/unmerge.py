@@ -86,7 +86,10 @@ def _check_origin(origin: Origin, record: MergeRecord) -> None:
             f"{origin.checkpoint.root}: the saved headers of the base's weight files are missing or do not match the record; "
             "the base cannot be restored"
         )
-    names = {placed.name for placed in origin.layout.tensors}
+    placed = [tensor.name for tensor in origin.layout.tensors]
+    names = set(placed)
+    if len(names) < len(placed):
+        raise MergeError(f"{origin.checkpoint.root}: the saved headers have a tensor twice, so the base cannot be restored")
     if odd := sorted(names ^ record.original_tensors.keys()):
         raise MergeError(f"{origin.checkpoint.root}: tensor {odd[0]} of the base is missing here, so the base cannot be restored")
 

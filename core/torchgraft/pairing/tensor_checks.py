@@ -34,6 +34,13 @@ def with_tensors(pairing: Pairing, base: Base) -> Pairing:
     reported = [name for name in files.recorded_sites if name not in base.layers]
     reported += [module for module in pairing.also_train if module not in inside]
     left_over = [name for name in unused if not is_inside(name.removeprefix(prefix), reported)]
+    if whole := _base_tensors(files, files.shapes.keys() - trained.values() - _saved(files), base):
+        problems.insert(
+            0,
+            f"the adapter's file also holds the model itself ({len(whole)} of the base's own weights, {whole[0]}…): it was saved by "
+            "torch.save or from a state dict; save the adapter alone, with PeftModel.save_pretrained",
+        )
+        left_over = [name for name in left_over if name not in whole]
     problems += _left_over_problems(files, left_over, base, len(problems))
     return replace(pairing, trained=trained, problems=tuple(problems), unused=tuple(unused))
 
@@ -51,9 +58,14 @@ def _site_problems(pairing: Pairing, paired: PairedSite) -> list[str]:
 def _used(pairing: Pairing) -> set[str]:
     """Return the names of the tensors in the adapter's file that belong to its sites, or to modules of the model it was saved from."""
     files = pairing.files
-    saved = frozenset(files.record.also_saved if files.record else ())
     used = {name for paired in pairing.sites for name in (*paired.tensors.values(), _frozen_copy(files, paired)) if name}
-    return used | {name for name in files.shapes if is_inside(name.removeprefix(files.prefix), saved)}
+    return used | _saved(files)
+
+
+def _saved(files: AdapterFiles) -> set[str]:
+    """Return the names of the tensors of modules that PEFT expects because their names end like a fully trained one's."""
+    saved = frozenset(files.record.also_saved if files.record else ())
+    return {name for name in files.shapes if is_inside(name.removeprefix(files.prefix), saved)}
 
 
 def _inside(tensors: Iterable[str], modules: Container[str]) -> dict[str, list[str]]:
@@ -102,6 +114,13 @@ def _problem(files: AdapterFiles, name: str, expected: Shape) -> str:
 def _type_problem(files: AdapterFiles, name: str) -> str:
     dtype, _ = files.shapes[name]
     return "" if dtype in ADAPTABLE else f"the tensor {name!r} has the type {dtype}, expected one of {', '.join(sorted(ADAPTABLE))}"
+
+
+def _base_tensors(files: AdapterFiles, names: Iterable[str], base: Base) -> list[str]:
+    """Return those of `names` that are weights of the base, if they are most of its weights."""
+    bare = {name: name.removeprefix(files.prefix).replace(".base_layer.", ".") for name in names}
+    found = sorted(name for name, own in bare.items() if own in base.tensors)
+    return found if 2 * len(found) > len(base.tensors) else []
 
 
 def _left_over_problems(files: AdapterFiles, names: list[str], base: Base, earlier: int) -> list[str]:
