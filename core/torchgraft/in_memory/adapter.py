@@ -233,12 +233,14 @@ class Adapter:
 
         Raises:
             MergeError: the adapter cannot be unmerged (see `unmerge`), or `keep_merged` is given and it is not merged.
-            AttachError: the adapter was detached already, or the call is within a block of `per_sample`.
+            AttachError: the adapter was detached already, a layer's class was changed since, or the call is within a block of `per_sample`.
         """
         self._check_recorded()
         graft.check_no_routes(self.model, "detached")
         if keep_merged and not self.merged:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
+        for name, (module, _) in parts_by_module(self, without=replaced(self.model, self.name, (*self.parts, *self.copies))).items():
+            graft.check_can_detach(name, module)
         if self.merged and not keep_merged:
             self.unmerge()
         gone = replaced(self.model, self.name, (*self.parts, *self.copies))

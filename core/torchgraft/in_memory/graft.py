@@ -97,6 +97,19 @@ def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__dict__.update({key: MethodType(cls.forward, module) for key in forwards})
 
 
+def check_can_detach(name: str, module: nn.Module) -> None:
+    """Check that the module's class is the one that `attach` gave it.
+
+    Raises:
+        AttachError: it was replaced later, as torch.nn.utils.parametrize does.
+    """
+    if isinstance(module, Grafted) and type(module).__mro__[1] is not Grafted:
+        raise AttachError(
+            f"{name}: its class was changed after the adapter was attached, to {type(module).__name__}; undo that first "
+            "(torch.nn.utils.parametrize.remove_parametrizations)"
+        )
+
+
 def check_no_routes(model: nn.Module, what: str) -> None:
     """Check that no block of `per_sample` is active: within it, adapters and weights must stay as they were when it began.
 

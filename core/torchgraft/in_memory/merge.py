@@ -88,6 +88,11 @@ def _all_or_nothing(parts: Parts, do: Callable[[str, nn.Module, Part], None], un
 
 
 def _check_weights(name: str, module: nn.Module, part: Part, tied: Mapping[str, tuple[str, ...]]) -> None:
+    if isinstance(part, SitePart) and module._parameters.get("weight") is None:
+        raise MergeError(
+            f"{name}: its weight is computed since the adapter was attached (a parametrization, weight_norm or pruning), so nothing can be "
+            "merged into it; remove that first"
+        )
     written = _written(module, part)
     for layer, others in tied.items():
         if others and (layer == name or layer.startswith(f"{name}.")) and "weight" in {key.rpartition(".")[2] for key in written}:

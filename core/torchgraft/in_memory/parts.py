@@ -19,6 +19,9 @@ from torchgraft.method.site import Site
 from torchgraft.plugin.registry import registry
 from torchgraft.plugin.shared_tensors import SharedTensors
 
+MERGED = "merged_into_the_weight"
+"""Entry in the state dict of a merged adapter. Its weights contain the change, so a model that is not merged must not load them."""
+
 
 class Part(nn.Module):
     """Base class of what one adapter adds to one module."""
@@ -37,6 +40,18 @@ class Part(nn.Module):
     def adapted(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return the output of `layer` with this part applied."""
         return layer(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.undo is not None:
+            destination[f"{prefix}{MERGED}"] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        _, _, missing, unexpected, _ = rest
+        was_merged = state.pop(f"{prefix}{MERGED}", None) is not None
+        super()._load_from_state_dict(state, prefix, *rest)
+        if was_merged != (self.undo is not None):
+            (unexpected if was_merged else missing).append(f"{prefix}{MERGED}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchgraft.layers.layer import BYPASSED
@@ -21,6 +22,8 @@ def bypassed_modules(model: nn.Module) -> dict[nn.Module, str]:
     """Return the bypassed submodules of `model`, with the reason."""
     found: dict[nn.Module, str] = {}
     for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         names = module._modules.keys() if isinstance(module, nn.MultiheadAttention) else bypassed_children(type(module))  # type: ignore[arg-type]
         for name in names:
             child = module._modules.get(name)

@@ -6,9 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchgraft import dtypes
+from torchgraft.errors import SelectionError
 from torchgraft.kinds.kind import CHILD, Kind, carries_adapters, kind_of
 from torchgraft.layers.bypassed import bypassed_modules
 from torchgraft.layers.layer import Layer, is_inside
@@ -16,6 +19,7 @@ from torchgraft.layers.layer import Layer, is_inside
 
 def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
     """Return every module that owns parameters, in the model's order, without the modules that adapters added."""
+    _check_readable(model)
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in named_base_modules(model):
         names[module].append(name)
@@ -26,13 +30,29 @@ def layers_of_module(model: nn.Module, kinds: tuple[Kind, ...]) -> list[Layer]:
     return [_layer(module, found, tied.get(module, ()), kinds, bypassed.get(module, ""), counted) for module, found in owners.items()]
 
 
+def _check_readable(model: nn.Module) -> None:
+    """Check that the model's layers can be listed.
+
+    Raises:
+        SelectionError: it is compiled or scripted as a whole, or has parameters without a shape.
+    """
+    if type(model).__module__ == "torch._dynamo.eval_frame":  # importing its class would take a second
+        raise SelectionError("this is the result of torch.compile; give the module itself, and the compiled one runs with the adapters")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SelectionError("a scripted or traced model cannot carry adapters; attach them before torch.jit.script or trace")
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise SelectionError(f"{lazy[0]} has no shape yet (a lazy module); run the model on one batch first")
+
+
 def named_base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Iterate like `named_modules`, but yield every name of a module and skip adapters."""
 
     def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
         for key, child in module._modules.items():
-            if child is not None and not (key == CHILD and carries_adapters(module)):
+            if child is None or isinstance(child, torch.jit.ScriptModule):  # a scripted module cannot carry adapters
+                continue
+            if not (key == CHILD and carries_adapters(module)):
                 yield from walk(f"{name}.{key}" if name else key, child)
 
     return walk("", model)
