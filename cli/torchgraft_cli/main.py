@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from importlib import import_module
@@ -82,8 +83,22 @@ class TerminatedError(BaseException):
     """SIGTERM or SIGHUP was received; the argument is its number. Unwinding cleans up, as it does for an interrupt."""
 
 
-def _terminate(number: int, *_: Any) -> None:
-    raise TerminatedError(number)
+IMPATIENCE = 1.0
+"""Seconds in which further signals are ignored, so that several in a row do not interrupt the cleaning up."""
+
+
+class SignalHandler:
+    """Raises at a signal, unless another one has just been raised."""
+
+    def __init__(self) -> None:
+        self._last = -IMPATIENCE
+
+    def __call__(self, number: int, *_: Any) -> None:
+        now = time.monotonic()
+        if now - self._last < IMPATIENCE:
+            return
+        self._last = now
+        raise KeyboardInterrupt if number == signal.SIGINT else TerminatedError(number)
 
 
 def run() -> None:
@@ -106,9 +121,10 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        handler = SignalHandler()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, _terminate)
+                signal.signal(number, handler)
 
 
 def _one_line(error: Exception) -> str:

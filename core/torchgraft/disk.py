@@ -92,6 +92,8 @@ def space_problem(target: Path, needed: int) -> str:
 def _warn_of_left_over(target: Path) -> None:
     """Warn of directories of killed runs, which could not clean up after themselves."""
     for path in sorted(target.absolute().parent.glob(f".{glob.escape(target.name)}.*.partial")):
+        if path.is_symlink():  # not made by a run; it can lead anywhere
+            continue
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         warnings.warn(
             f"{path}: left over from an interrupted run ({size:,} bytes); delete it if no merge is running",

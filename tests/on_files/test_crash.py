@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 import torchgraft as tg
 from models import perturb_
+from torchgraft.disk import new_directory
 from torchgraft_cli.main import main
 
 SHAPES = {"q_proj": (512, 512), "up_proj": (1536, 512), "down_proj": (512, 1536)}
@@ -57,8 +58,8 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
-def strike(folder: Path, command: str, number: int, times: int, seed: int) -> Counter[str]:
-    """Send the signal `number` at `times` random moments of a merge or an unmerge; what came of it each time."""
+def strike(folder: Path, command: str, number: int, times: int, seed: int, burst: int = 1) -> Counter[str]:
+    """Send the signal `number`, `burst` times, at `times` random moments of a merge or an unmerge; what came of it each time."""
     out = folder / "out"
     arguments = {
         "merge": ["merge", str(folder / "base"), str(folder / "adapter"), "-o", str(out)],
@@ -71,7 +72,7 @@ def strike(folder: Path, command: str, number: int, times: int, seed: int) -> Co
     for attempt in range(4 * times):
         if attempt >= times and (number != signal.SIGKILL or any(LEFT in what for what in came)):
             break  # a kill that fell into the work is waited for
-        code = run(arguments, number, chance.uniform(0, 1.1 * length))
+        code = run(arguments, number, chance.uniform(0, 1.1 * length), burst)
         left = [path for path in folder.iterdir() if path.name.startswith(".out.")]
         if out.exists():
             assert hashes(out) == right, "the output is there, and is not what it should be"
@@ -91,7 +92,7 @@ def duration(arguments: list[str], out: Path) -> float:
     return length
 
 
-def run(arguments: list[str], number: int | None, delay: float) -> int:
+def run(arguments: list[str], number: int | None, delay: float, burst: int = 1) -> int:
     """The command in a fork that gets the signal `number` after `delay` seconds; its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
@@ -105,15 +106,17 @@ def run(arguments: list[str], number: int | None, delay: float) -> int:
         os._exit(0)
     if number is not None:
         time.sleep(delay)
-        os.kill(child, number)
+        for _ in range(burst):
+            os.kill(child, number)
+            time.sleep(0.001)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status)
 
 
-def strikes(folder: Path, command: str, number: int, times: int) -> dict[str, int]:
+def strikes(folder: Path, command: str, number: int, times: int, burst: int = 1) -> dict[str, int]:
     """`strike` in a process of its own, whose torch has one thread: others would not be there after a fork."""
     done = subprocess.run(
-        [sys.executable, __file__, str(folder), command, str(int(number)), str(times)],
+        [sys.executable, __file__, str(folder), command, str(int(number)), str(times), str(burst)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -159,6 +162,21 @@ def test_a_signal_cleans_up(case: Path, command: str, number: int, code: int) ->
     assert any(what.startswith(f"exit {code}, output absent") for what in came)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_several_signals_in_a_row_clean_up_as_one_does(case: Path, number: int, code: int) -> None:
+    came = strikes(case, "merge", number, 10, burst=3)
+    assert {what.partition(",")[0] for what in came} <= {f"exit {code}", "exit 0", f"exit -{int(number)}"}
+    assert any(what.startswith(f"exit {code}, output absent") for what in came)
+
+
+def test_a_link_that_is_called_like_a_left_over_directory_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".out.x.partial").symlink_to(tmp_path / "elsewhere")
+    with new_directory(tmp_path / "out"):
+        pass
+    assert (tmp_path / "elsewhere").is_dir()
+
+
 DISK = """
 import shutil, sys
 from torchgraft_cli.main import main
@@ -202,5 +220,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for module in ("on_files.unmerge", "on_files.merge_verify"):  # so that a fork need not import them
         import_module(f"torchgraft.{module}")
-    for what, count in strike(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), seed=0).items():
+    for what, count in strike(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:5]), seed=0, burst=int(sys.argv[5])).items():
         print(f"{what}: {count}")
