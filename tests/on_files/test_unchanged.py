@@ -16,7 +16,7 @@ from models import perturb_
 from references import all_tensors
 from saved_adapters import edit_tensors
 from small_checkpoint import LAYERS, Small, make_adapter, write_model
-from torchgraft.arithmetic.precision import changed_entries
+from torchgraft.arithmetic.exact import changed_entries
 from torchgraft.method.resize import Resize
 from torchgraft.on_files.check import check
 
@@ -125,7 +125,8 @@ def test_nan_that_stays_nan_is_no_change() -> None:
     merged[10] = 2
     assert changed_entries(original, merged) == 1
     assert changed_entries(original.double(), merged.half()) == 1
-    assert changed_entries(torch.tensor([-0.0]), torch.tensor([0.0])) == 0
+    assert changed_entries(torch.tensor([-0.0, 1, 2]), torch.tensor([0.0, 1, 2])) == 0
+    assert changed_entries(torch.ones(4).to(torch.float8_e4m3fn), torch.tensor([1.0, 1, 2, 1]).to(torch.float8_e4m3fn)) == 1
 
 
 def test_check_names_the_layers_on_which_an_additive_change_is_zero(base: Path, tmp_path: Path) -> None:

@@ -79,6 +79,19 @@ def correct(nearly: Tensor, correction: Correction) -> Tensor:
     return torch.from_numpy(bits).view(nearly.dtype).reshape(nearly.shape)
 
 
+def changed_entries(original: Tensor, merged: Tensor) -> int:
+    """Return how many entries of `merged` differ from `original` in the dtype of `merged`.
+
+    If most bits differ, they are counted, which is ten times as fast as comparing values; else -0.0 and 0.0, and NaN and NaN, are equal.
+    """
+    before = original.to(merged.dtype)
+    count = int(np.count_nonzero(_integers(before) != _integers(merged)))
+    if 0 < count <= merged.numel() // 2:
+        one, other = before.double(), merged.double()  # torch does not compare float8
+        count = int(((one != other) & ~(one.isnan() & other.isnan())).count_nonzero())
+    return count
+
+
 def restore(nearly: Tensor, correction: Correction, digest_: str, where: str) -> Tensor:
     """Correct `nearly`, and verify that the SHA-256 of the result is `digest_`.
 

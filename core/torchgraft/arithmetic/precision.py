@@ -26,15 +26,6 @@ def check_finite(name: str, merged: Tensor, stored: Tensor, params: Sequence[Map
     raise MergeError(f"{name}: the merged weight has NaN or infinite entries ({why}). Nothing was changed")
 
 
-def changed_entries(original: Tensor, merged: Tensor) -> int:
-    """Return how many entries of `merged` differ from `original` in the dtype of `merged`. NaN that stays NaN is no change."""
-    before = original.to(merged.dtype)
-    count = int((before != merged).count_nonzero())
-    if 0 < count < merged.numel() // 16:  # few enough to be the NaN of the original alone
-        count -= int((before.isnan() & merged.isnan()).count_nonzero())
-    return count
-
-
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite. The largest magnitude decides, which is much faster than testing each entry."""
     if tensor.element_size() == 1:

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from torchgraft import dtypes
 from torchgraft.arithmetic.bias_merge import BiasMerge
-from torchgraft.arithmetic.exact import make_correction
+from torchgraft.arithmetic.exact import changed_entries, make_correction
 from torchgraft.arithmetic.layer_merge import Applied, check_no_bias
-from torchgraft.arithmetic.precision import changed_entries
 from torchgraft.arithmetic.tensor_merge import TensorMerge
 from torchgraft.checkpoint.layout import OutputFile, Placed
 from torchgraft.disk import Progress
