@@ -138,9 +138,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def json_bytes(document: Any) -> bytes:
-    return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode(
-        errors="replace"
-    )  # a path can be no valid Unicode
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode(errors="replace")  # a path can be no valid Unicode
 
 
 def _sync_tree(directory: Path) -> None:

@@ -98,6 +98,8 @@ def test_an_adapter_that_is_not_active_does_not_stop_forward() -> None:
     adapter.active = False
     assigned(model)
     model(X)
+    with pytest.raises(tg.AttachError, match="was replaced"):
+        adapter.active = True
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])

@@ -19,7 +19,7 @@ from torchgraft.errors import AttachError, MergeError, TorchgraftWarning, near
 from torchgraft.in_memory import graft, merge, record
 from torchgraft.in_memory.optimizers import check_groups, make_optimizer
 from torchgraft.in_memory.parts import Part, SitePart, TrainedCopy
-from torchgraft.in_memory.places import check_in_place, replaced
+from torchgraft.in_memory.places import Step, check_in_place, replaced
 from torchgraft.in_memory.resize import check_change, check_resizable, resize_
 from torchgraft.in_memory.save import quantized_beside, saved_site
 from torchgraft.in_memory.step_watch import StepWatch
@@ -65,7 +65,12 @@ class Adapter:
         """Module named by `also_train` → its trained copy."""
         self.state: dict[str, Any] = {}
         """State of the method between steps: tensors and values that JSON can represent. Saved with the adapter."""
+        self.way: tuple[Step, ...] = ()
+        """The steps to every part when the model was last run."""
         self._steps = StepWatch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "way": ()}  # a copy finds its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -239,15 +244,16 @@ class Adapter:
         graft.check_no_routes(self.model, "detached")
         if keep_merged and not self.merged:
             raise MergeError(f"the adapter {self.name!r} is not merged, so there is nothing to keep; call merge() first")
-        for name, (module, _) in parts_by_module(self, without=replaced(self.model, self.name, (*self.parts, *self.copies))).items():
+        gone = replaced(self.model, self.name, (*self.parts, *self.copies))
+        left = parts_by_module(self, without=gone)
+        for name, (module, _) in left.items():
             graft.check_can_detach(name, module)
         if self.merged and not keep_merged:
             self.unmerge()
-        gone = replaced(self.model, self.name, (*self.parts, *self.copies))
         if gone:
             text = f"detached from the layers that are left; {', '.join(gone[:3])}{'…' if gone[3:] else ''} had been replaced"
             warnings.warn(f"the adapter {self.name!r} is {text}", TorchgraftWarning, stacklevel=2)
-        for module, part in parts_by_module(self, without=gone).values():
+        for module, part in left.values():
             graft.detach(module, self.name)
             if part.undo is not None:
                 merge.forget(module, part.undo)

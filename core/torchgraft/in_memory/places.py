@@ -8,6 +8,32 @@ from torch import nn
 
 from torchgraft.errors import AttachError
 from torchgraft.in_memory.parts import named_parts
+from torchgraft.kinds.kind import CHILD
+
+Step = tuple[nn.Module, str, nn.Module]
+"""(parent, name, child) on the way from the model to a part of an adapter."""
+
+
+def steps_to_parts(model: nn.Module, adapter: str, sites: Iterable[str]) -> tuple[Step, ...]:
+    """Return every step on the way to the adapter's parts, once; nothing if a wrapper hides one.
+
+    Looking up each site by its name at every forward would take milliseconds, and comparing these steps takes microseconds.
+    """
+    steps: dict[tuple[int, str], Step] = {}
+    for site in sites:
+        module = model
+        for key in (*(site.split(".") if site else ()), CHILD, adapter):
+            child = module._modules.get(key)
+            if child is None:
+                return ()
+            steps[id(module), key] = module, key, child
+            module = child
+    return tuple(steps.values())
+
+
+def are_unchanged(steps: tuple[Step, ...]) -> bool:
+    """Whether the model still takes all of these steps; False if there are none."""
+    return bool(steps) and all(parent._modules.get(key) is child for parent, key, child in steps)
 
 
 def replaced(model: nn.Module, adapter: str, sites: Iterable[str]) -> list[str]:

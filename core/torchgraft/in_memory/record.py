@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from torchgraft.in_memory import fast_paths
-from torchgraft.in_memory.places import check_in_place
+from torchgraft.in_memory.places import are_unchanged, check_in_place, steps_to_parts
 from torchgraft.kinds import quantized
 from torchgraft.kinds.kind import traced
 
@@ -52,9 +52,11 @@ def freeze(model: nn.Module) -> None:
 def _before_forward(model: nn.Module, args: Any) -> None:
     """Forward pre-hook: all adapters that are active must be in place."""
     if not traced():
-        for name, adapter in adapters_on(model).items():
-            if adapter.active:
-                check_in_place(model, name, (*adapter.parts, *adapter.copies))
+        for name, adapter in model.__dict__[STATE].adapters.items():
+            if not are_unchanged(adapter.way) and adapter.active:
+                sites = (*adapter.parts, *adapter.copies)
+                check_in_place(model, name, sites)
+                adapter.way = steps_to_parts(model, name, sites)
 
 
 def add(model: nn.Module, name: str, adapter: Any) -> None:

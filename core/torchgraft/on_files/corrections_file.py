@@ -122,13 +122,13 @@ class UndoReader:
             tallest: the most rows that one block may have.
             stored: its dtype in the base.
         """
-        dtypes_ = {"blocks": "int64", "gap": "uint8", "step": "int8", "wide": dtypes.name_of(exact.BITS[stored.itemsize])}
+        expected = {"blocks": "int64", "gap": "uint8", "step": "int8", "wide": dtypes.name_of(exact.BITS[stored.itemsize])}
         try:
-            for label, dtype in dtypes_.items():
+            for label, dtype in expected.items():
                 entry = self._checkpoint.tensors[f"{name}#{label}"]
                 if entry.dtype != dtype or len(entry.shape) != 1 + (label == "blocks") or entry.shape[1:] not in ((), (4,)):
                     raise ValueError
-            table, gap, step, wide = (self._checkpoint.read(f"{name}#{label}").numpy() for label in dtypes_)
+            table, gap, step, wide = (self._checkpoint.read(f"{name}#{label}").numpy() for label in expected)
             blocks = list(_cut(table.tolist(), gap, step, wide, rows, tallest))
             needed: list[dict[str, Tensor]] = [{} for _ in range(adapters)]
             for number, own, key in self._needed.get(name, []):

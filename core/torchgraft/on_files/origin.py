@@ -33,6 +33,10 @@ TALLER = 4
 """How many times as tall as here the blocks of another version may be."""
 
 
+FOREIGN = (ValueError, RuntimeError, TypeError, LookupError)
+"""What hooks raise for tensors of an undo record that they did not write."""
+
+
 class Origin(Protocol):
     """A source of the base's tensors and files."""
 
@@ -106,10 +110,8 @@ class MergedOrigin:
         sites = self._sites.get(placed.name, [])
         merge = TensorMerge(placed.name, placed.shape, target.dtype, source.dtype, self._kind(placed.name), self._applied(sites))
         blocks = blocks_of(source, target, merge.kind, by_rows=merge.by_rows)
-        rows, tallest = (
-            blocks.rows[-1].stop if blocks.rows else 0,
-            TALLER * max((each.stop - each.start for each in blocks.rows), default=0),
-        )
+        rows = blocks.rows[-1].stop if blocks.rows else 0
+        tallest = TALLER * max((block.stop - block.start for block in blocks.rows), default=0)
         undo = self._undo.read(placed.name, len(sites), rows, tallest, target.dtype)
         for (number, _), needed in zip(sites, undo.needed, strict=True):
             hooks = self._hooks(number)
@@ -118,12 +120,7 @@ class MergedOrigin:
         for block, correction in undo.blocks:
             try:
                 restored = exact.correct(merge.nearly(blocks.read(block), block, undo.needed), correction)
-            except (
-                ValueError,
-                RuntimeError,
-                TypeError,
-                LookupError,
-            ) as error:  # by hooks, of foreign tensors
+            except FOREIGN as error:
                 raise self._does_not_fit(placed.name) from error
             blocks.write(block, restored)
             workers.advance(restored.nbytes)
