@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -16,9 +17,10 @@ RUN = Path("demo-run")
 
 def main() -> None:
     inspect = recorder(width=116)
-    command = ["inspect", "encoder", "--target", "@linear", "--rank", "8"]
-    inspect.print(f"[bold]$ adapt {' '.join(command)}[/]")
-    chosen = choose(str(RUN / "encoder"), "lora", ("@linear",), None, (), False, (), "8", None, (), ())
+    targets = ("@linear", "!pooler.dense")
+    command = ["inspect", "encoder", *(word for target in targets for word in ("--target", target)), "--rank", "8"]
+    inspect.print(f"[bold]$ adapt {shlex.join(command)}[/]")
+    chosen = choose(str(RUN / "encoder"), "lora", targets, None, (), False, (), "8", None, (), ())
     show_selection(chosen, out=inspect)
     show_memory(chosen, out=inspect)
     save(inspect, "inspect.svg", "adapt inspect")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,9 +43,10 @@ def main() -> None:
     os.chdir(RUN)
     torch.manual_seed(SEED)
 
-    adapt("inspect", "encoder", "--target", "@linear", "--rank", "8")
+    selection = ("--target", "@linear", "--target", "!pooler.dense", "--rank", "8")  # sentence embeddings bypass the pooler
+    adapt("inspect", "encoder", *selection)
     adapt("plugins", "list")
-    adapt("apply", "encoder", "--plugin", "lora", "--target", "@linear", "--rank", "8", "-o", "adapter")
+    adapt("apply", "encoder", "--plugin", "lora", *selection, "-o", "adapter")
     summary, model, test = learn()
     adapt("check", "encoder", "trained")
     adapt("merge", "encoder", "trained", "-o", "merged")
@@ -61,7 +63,7 @@ def main() -> None:
 
 def adapt(*arguments: str) -> None:
     """Print one command and run it."""
-    console.print(f"\n[bold]$ adapt {' '.join(arguments)}[/]")
+    console.print(f"\n[bold]$ adapt {shlex.join(arguments)}[/]")
     sys.stdout.flush()
     subprocess.run([Path(sys.executable).with_name("adapt"), *arguments], check=True)
 
